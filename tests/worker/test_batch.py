@@ -1,0 +1,87 @@
+"""The state behind a step: what a slot remembers, what rows it gives, and which steps contradict it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from zmqexec.errors import InternalError
+from zmqexec.protocol import Admission, StepInput, pack
+from zmqexec.worker.batch import Batch
+
+BLOCK = 4
+
+
+def make_batch():
+    return Batch(max_num_seqs=3, max_model_len=20, block_size=BLOCK, num_cache_blocks=10)
+
+
+def admission(slot, tokens, blocks, num_computed=0):
+    return Admission(slot, pack(tokens), len(tokens), num_computed, pack(blocks))
+
+
+def step(prefills=(), decodes=(), new_blocks=(), admitted=()):
+    bitmap = sum(1 << slot for slot in decodes)
+    return StepInput(0, 0, bitmap.to_bytes(2, "little"), pack(prefills), pack(new_blocks), list(admitted))
+
+
+def test_chunks_then_decodes_walk_through_the_blocks():
+    batch = make_batch()
+    rows = batch.begin(step([1, 3], admitted=[admission(1, [10, 11, 12, 13, 14], [7, 2])]))
+    assert rows.token_ids.tolist() == [10, 11, 12]
+    assert rows.slot_mapping.tolist() == [28, 29, 30]
+    assert rows.prefills[0].context_rows is None
+    assert len(rows.sample_slots) == 0
+    batch.finish(rows, np.empty(0, np.int64))
+
+    rows = batch.begin(step([1, 2]))
+    assert rows.positions.tolist() == [3, 4]
+    assert rows.slot_mapping.tolist() == [31, 8]
+    assert rows.prefills[0].context_rows.tolist() == [28, 29, 30, 31, 8]
+    assert (rows.sample_slots.tolist(), rows.sample_rows.tolist()) == ([1], [1])
+    batch.finish(rows, np.array([99]))
+
+    rows = batch.begin(step(decodes=[1]))
+    assert (rows.token_ids.tolist(), rows.positions.tolist(), rows.slot_mapping.tolist()) == ([99], [5], [9])
+
+
+def test_prefills_come_in_the_order_given_and_decodes_by_slot():
+    batch = make_batch()
+    admitted = [admission(slot, [slot, slot], [slot]) for slot in range(3)]
+    rows = batch.begin(step([2, 2, 0, 2, 1, 2], admitted=admitted))
+    assert rows.token_ids.tolist() == [2, 2, 0, 0, 1, 1]
+    assert rows.sample_slots.tolist() == [2, 0, 1]
+    assert rows.sample_rows.tolist() == [1, 3, 5]
+    batch.finish(rows, np.array([12, 10, 11]))
+    assert batch.begin(step(decodes=[2, 0])).token_ids.tolist() == [10, 12]
+
+
+def test_an_admission_forgets_what_the_slot_held():
+    batch = make_batch()
+    batch.finish(batch.begin(step([0, 5], admitted=[admission(0, [1, 2, 3, 4, 5], [0, 1])])), np.array([6]))
+    rows = batch.begin(step([0, 1], admitted=[admission(0, [8, 9], [5], num_computed=1)]))
+    assert (rows.token_ids.tolist(), rows.slot_mapping.tolist()) == ([9], [21])
+    assert rows.prefills[0].context_rows.tolist() == [20, 21]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (step([0, 6]), "cannot compute up to token 6"),
+        (step([0, 0]), "cannot compute"),
+        (step(decodes=[0]), "cannot compute up to token 1"),
+        (step([0, 1, 0, 1]), "must be distinct"),
+        (step([7, 1]), "in range"),
+        (step([1, 1]), "0 computed, 0 known"),
+        (step(new_blocks=[0, 10]), "the cache has 10 blocks"),
+        (step(admitted=[admission(3, [1], [1])]), r"slot 3 is not in \[0, 3\)"),
+        (step(admitted=[admission(1, [1] * 21, [1])]), "0 computed of 21 tokens, in a model of 20"),
+        (step(admitted=[admission(1, [1, 2], [1], num_computed=2)]), "2 computed of 2"),
+        (step([1, 5], admitted=[admission(1, [1, 2, 3, 4, 5], [1])]), "5 known, 1 blocks"),
+    ],
+)
+def test_a_step_that_contradicts_the_state_is_our_bug(bad, message):
+    batch = make_batch()
+    batch.begin(step(admitted=[admission(0, [1, 2, 3, 4, 5], [0, 1])]))
+    with pytest.raises(InternalError, match=message):
+        batch.begin(bad)

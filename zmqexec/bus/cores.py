@@ -1,0 +1,39 @@
+"""How many cores this process may use: spinning pays only while every process of an engine has a core of its own.
+
+Runs in: driver | worker.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+SPIN_US = 30.0  # about what parking and waking costs
+
+
+def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores of the affinity mask, or fewer where a cgroup's CPU quota allows less; at least 1."""
+    cores = len(os.sched_getaffinity(0))
+    quota = _quota(cgroup_root)
+    return cores if quota is None else max(1, min(cores, math.floor(quota)))
+
+
+def default_spin_us(num_processes: int) -> float:
+    """How long a waiter spins before it parks, with `num_processes` processes on the bus."""
+    return SPIN_US if num_processes <= usable_cores() else 0.0
+
+
+def _quota(root: Path) -> float | None:
+    """Cores' worth of time that the cgroup (version 2 or 1) grants, None without a limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us = int((root / "cpu/cpu.cfs_quota_us").read_text())
+        period_us = int((root / "cpu/cpu.cfs_period_us").read_text())
+        return None if quota_us <= 0 or period_us <= 0 else quota_us / period_us
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,98 @@
+"""From settings to what will be run: everything that can be refused is refused here, before any process starts.
+
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from zmqexec.checkpoint import Checkpoint
+from zmqexec.config import EngineConfig
+from zmqexec.demo import CHECKPOINT as DEMO_CHECKPOINT
+from zmqexec.errors import ConfigError
+from zmqexec.model_config import ModelConfig, check_tensor_parallel, load_model_config
+from zmqexec.protocol import LoadModel
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked engine configuration, with the values that follow from the model and the machine filled in."""
+
+    config: EngineConfig
+    model_dir: Path
+    model: ModelConfig
+    dtype: str
+    device: str
+    max_model_len: int
+    num_threads: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block on one rank."""
+        per_token = self.model.kv_bytes_per_token(self.config.tensor_parallel_size, DTYPE_BYTES[self.dtype])
+        return self.config.block_size * per_token
+
+    @property
+    def longest_shared_prompt(self) -> int | None:
+        """Longer prompts share cached blocks only with prompts of their own length; None: there is no such limit.
+
+        Dynamic NTK rotates the keys of a prompt beyond the model's own length by angles that depend on its length.
+        """
+        return self.model.max_position_embeddings if self.model.rope.rope_type == "dynamic" else None
+
+    def load_message(self, epoch: int) -> LoadModel:
+        """What the workers need to load."""
+        return LoadModel(epoch, self.config, str(self.model_dir), self.dtype, self.max_model_len, self.num_threads)
+
+    def num_blocks(self, kv_cache_bytes: int) -> int:
+        """Blocks that fit; `ConfigError` if a single sequence of the longest length would not."""
+        num_blocks = kv_cache_bytes // self.block_bytes
+        needed = -(-self.max_model_len // self.config.block_size)
+        if num_blocks < needed:
+            raise ConfigError(
+                f"kv_cache_memory_bytes={kv_cache_bytes} holds {num_blocks * self.config.block_size} tokens, but one "
+                f"sequence of max_model_len={self.max_model_len} needs {needed * self.block_bytes} bytes; raise "
+                f"kv_cache_memory_bytes to that, or lower max_model_len to at most "
+                f"{max(num_blocks * self.config.block_size, 0)}",
+                "kv_cache_memory_bytes",
+            )
+        return num_blocks
+
+
+def make_plan(config: EngineConfig) -> Plan:
+    """Check `config` against the checkpoint and the machine. Raises `ConfigError` or `CheckpointError`."""
+    model_dir = DEMO_CHECKPOINT if config.model is None else Path(config.model).expanduser().absolute()
+    model = load_model_config(model_dir)
+    check_tensor_parallel(model, config.tensor_parallel_size)
+    if config.load_format == "auto":
+        Checkpoint(model_dir).check(model)
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings and model.rope.rope_type != "dynamic":
+        raise ConfigError(
+            f"max_model_len={max_model_len} is more than the model's max_position_embeddings="
+            f"{model.max_position_embeddings}; lower it to that",
+            "max_model_len",
+        )
+    if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
+        raise ConfigError(
+            f"max_num_batched_tokens={config.max_num_batched_tokens} is less than max_model_len={max_model_len} and "
+            "enable_chunked_prefill is off: a long prompt could never run; raise it, or turn chunking on",
+            "max_num_batched_tokens",
+        )
+    plan = Plan(
+        config=config,
+        model_dir=model_dir,
+        model=model,
+        dtype="float32" if config.dtype == "auto" else config.dtype,
+        device="cpu",
+        max_model_len=max_model_len,
+        num_threads=config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel_size),
+    )
+    if config.kv_cache_memory_bytes is not None:
+        plan.num_blocks(config.kv_cache_memory_bytes)
+    return plan

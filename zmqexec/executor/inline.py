@@ -1,0 +1,65 @@
+"""One rank inside the driver's own process: for debugging, with a debugger or a profiler at hand.
+
+Runs in: driver. The one executor that brings torch into the driver, and therefore never the default.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from zmqexec.config import EngineConfig
+from zmqexec.errors import InternalError
+from zmqexec.executor.base import Progress
+from zmqexec.protocol import LoadModel, StepInput, StepOutput
+
+if TYPE_CHECKING:
+    from zmqexec.worker.runner import ModelRunner
+
+
+class InlineExecutor:
+    """Runs each step at once, in `submit`. An exception of the model reaches the caller as it is."""
+
+    death_fd: int | None = None
+    stale_replies = 0
+
+    def __init__(self, config: EngineConfig) -> None:
+        from zmqexec.worker.collectives import LocalCollectives
+        from zmqexec.worker.runner import ModelRunner
+
+        def make_runner(load: LoadModel) -> ModelRunner:
+            return ModelRunner(load, LocalCollectives())
+
+        self._make_runner = make_runner
+        self._runner: ModelRunner | None = None
+        self._outputs: deque[StepOutput] = deque()
+
+    def load(self, load: LoadModel, on_progress: Progress) -> int:
+        """Load the whole model here; bytes for the KV cache."""
+        self._runner = self._make_runner(load)
+        return self._runner.load(lambda done, total: on_progress("loading weights", done, total))
+
+    def init_cache(self, num_blocks: int) -> None:
+        """Allocate the KV cache."""
+        self._open_runner().init_cache(num_blocks)
+
+    def submit(self, step: StepInput) -> None:
+        """Run the step now."""
+        self._outputs.append(self._open_runner().run(step))
+
+    def collect(self) -> StepOutput:
+        """The oldest result that has not been collected."""
+        return self._outputs.popleft()
+
+    def check(self) -> None:
+        """There is no worker that could have died."""
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._runner = None
+        self._outputs.clear()
+
+    def _open_runner(self) -> ModelRunner:
+        if self._runner is None:
+            raise InternalError("no model is loaded")
+        return self._runner

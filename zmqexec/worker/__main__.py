@@ -1,0 +1,158 @@
+"""A worker process: attach to the bus, then do what the driver's messages say, until the bus closes.
+
+Runs in: worker. Started by `executor/spawn.py` through `_entry.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from zmqexec import _bus
+from zmqexec.bus.channel import WorkerChannel
+from zmqexec.bus.status import Phase
+from zmqexec.child import PACKAGE_DIR
+from zmqexec.errors import BusClosed, InternalError, UserError
+from zmqexec.protocol import (
+    CacheReady,
+    ErrorInfo,
+    Failure,
+    Hello,
+    InitCache,
+    LoadModel,
+    LoadProgress,
+    ModelLoaded,
+    StepInput,
+)
+from zmqexec.version import __version__
+
+if TYPE_CHECKING:
+    from zmqexec.worker.runner import ModelRunner
+
+WAIT_S = 60.0
+"""Longest single wait for a message; the loop then simply waits again."""
+
+REPLY_TIMEOUT_S = 3600.0
+"""A program may leave an engine alone for long before it takes the next result; if it dies, so do we."""
+
+PROGRESS_STEPS = 50
+
+
+def main(arguments: dict[str, Any]) -> None:
+    """Run one rank. Never returns: the process ends here, without waiting for threads of libraries."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _bus.arm_death_watch(arguments["parent_pid"], arguments["lifeline_fd"])
+    faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    channel = WorkerChannel.attach(arguments["bus_fd"], arguments["rank"])
+    os.close(arguments["bus_fd"])  # the mapping stays
+    exit_code = Worker(channel, arguments).run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+class Worker:
+    """One rank: the worker's end of the bus, and the model once it is loaded."""
+
+    def __init__(self, channel: WorkerChannel, arguments: dict[str, Any]) -> None:
+        self._channel = channel
+        self._arguments = arguments
+        self._rank: int = arguments["rank"]
+        self._epoch: int = arguments["epoch"]
+        self._phase = Phase.STARTING
+        self._step_id = -1
+        self._runner: ModelRunner | None = None
+
+    def run(self) -> int:
+        """Serve until the bus closes; the exit code. An exception is sent to the driver first."""
+        try:
+            self._serve()
+        except BusClosed:
+            return 0
+        except BaseException as error:
+            if self._channel.closed:
+                return 0  # peers that saw it first have left in the middle of a collective, and nobody asks for more
+            traceback.print_exc()
+            with contextlib.suppress(Exception):  # the driver sees this process end in any case
+                self._channel.set_error(repr(error))
+                self._channel.reply(self._failure(error), REPLY_TIMEOUT_S)
+            return 1
+        return 0
+
+    def _serve(self) -> None:
+        hello = Hello(self._epoch, self._rank, os.getpid(), str(PACKAGE_DIR), __version__, _bus.BUILD_ID)
+        self._channel.reply(hello, REPLY_TIMEOUT_S)
+        while True:
+            self._set_phase(Phase.IDLE)
+            message = self._channel.receive(WAIT_S)
+            match message:
+                case None:
+                    continue
+                case StepInput():
+                    self._step(message)
+                case LoadModel():
+                    self._load(message)
+                case InitCache():
+                    self._set_phase(Phase.LOADING)
+                    self._open_runner().init_cache(message.num_blocks)
+                    self._channel.reply(CacheReady(self._epoch), REPLY_TIMEOUT_S)
+
+    def _step(self, step: StepInput) -> None:
+        self._step_id = step.step_id
+        self._set_phase(Phase.PREFILL if step.prefills else Phase.DECODE)
+        output = self._open_runner().run(step)
+        if self._rank == 0:
+            self._set_phase(Phase.REPLYING)
+            self._channel.reply(output, REPLY_TIMEOUT_S)
+
+    def _load(self, load: LoadModel) -> None:
+        self._set_phase(Phase.LOADING)
+        # Imported only now: torch takes seconds, and the death watch and the bus must stand before.
+        from zmqexec.worker.collectives import Collectives, LocalCollectives
+        from zmqexec.worker.runner import ModelRunner
+        from zmqexec.worker.shared_memory import SharedMemoryCollectives
+
+        arguments = self._arguments
+        collectives: Collectives = LocalCollectives()
+        if arguments["tp_size"] > 1:
+            collectives = SharedMemoryCollectives(
+                self._rank,
+                arguments["tp_size"],
+                arguments["store_fd"],
+                arguments["collective_timeout_s"],
+                join_timeout_s=arguments["join_timeout_s"],
+            )
+        self._runner = ModelRunner(load, collectives, on_phase=self._set_phase)
+        reported = -1
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal reported
+            part = done * PROGRESS_STEPS // max(total, 1)
+            if part > reported:
+                reported = part
+                self._channel.reply(LoadProgress(self._epoch, done, total), REPLY_TIMEOUT_S)
+
+        kv_cache_bytes = self._runner.load(on_progress)
+        self._channel.reply(ModelLoaded(self._epoch, kv_cache_bytes), REPLY_TIMEOUT_S)
+
+    def _open_runner(self) -> ModelRunner:
+        if self._runner is None:
+            raise InternalError("a message that needs the model came before LoadModel")
+        return self._runner
+
+    def _set_phase(self, phase: Phase) -> None:
+        self._phase = phase
+        self._channel.set_status(phase, self._step_id)
+
+    def _failure(self, error: BaseException) -> Failure:
+        if isinstance(error, UserError):
+            info = ErrorInfo(type(error).__name__, str(error), error.param)
+        else:
+            info = ErrorInfo(type(error).__name__, "".join(traceback.format_exception(error)).rstrip())
+        return Failure(self._epoch, self._step_id, self._phase.name, info)

@@ -1,0 +1,187 @@
+"""The state of every running sequence, by slot, and the rows that a step computes.
+
+Runs in: worker.
+
+A `StepInput` carries only what changed since the last one; everything else is here, in arrays that are allocated once
+and that torch and numpy see through the same memory. A sampled token is stored here before anybody else hears of it:
+the next step's decode row reads it from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zmqexec.errors import InternalError
+from zmqexec.protocol import Admission, Sampling, StepInput
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A row that computes known tokens: positions [start, stop) of `slot`, rows [row, row + stop - start) of the step.
+
+    context_rows  [stop]  int64 cache rows of tokens [0, stop); None where the chunk is the whole context
+    """
+
+    slot: int
+    start: int
+    stop: int
+    row: int
+    context_rows: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one step computes. Tokens of the prefills come first, in order, then one for each decode.
+
+    token_ids     [num_tokens]  int64
+    positions     [num_tokens]  int64
+    num_prompt    [num_tokens]  int64, prompt length of the token's sequence
+    slot_mapping  [num_tokens]  int64, the cache row that each token's keys and values go to
+    prefills      in the step's order
+    decode_slots  [num_decodes]  ascending
+    sample_slots  [num_samples]  slots that sample a token, in row order
+    sample_rows   [num_samples]  the tokens whose hidden state decides it
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    num_prompt: torch.Tensor
+    slot_mapping: torch.Tensor
+    prefills: list[Prefill]
+    decode_slots: IntArray
+    sample_slots: IntArray
+    sample_rows: IntArray
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """How many of the tokens belong to prefills."""
+        return len(self.token_ids) - len(self.decode_slots)
+
+
+class Batch:
+    """Slots [0, max_num_seqs).
+
+    token_ids     [slots, max_model_len + 1]  int32; [0, num_known) are known
+    num_known     prompt and sampled tokens
+    num_computed  tokens whose keys and values are cached; num_computed < num_known between steps
+    num_prompt    the first num_prompt tokens are the prompt
+    block_tables  [slots, max_blocks]  int32; [0, num_blocks) are set
+    sampling      None: plain greedy
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_cache_blocks: int) -> None:
+        self._block_size = block_size
+        self._num_cache_blocks = num_cache_blocks
+        self._max_model_len = max_model_len
+        # numpy's zeros take no memory until they are written, however large max_model_len is.
+        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
+        self.num_known = np.zeros(max_num_seqs, np.int64)
+        self.num_computed = np.zeros(max_num_seqs, np.int64)
+        self.num_prompt = np.zeros(max_num_seqs, np.int64)
+        self.block_tables = np.zeros((max_num_seqs, -(-(max_model_len + 1) // block_size)), np.int32)
+        self.num_blocks = np.zeros(max_num_seqs, np.int64)
+        self.sampling: list[Sampling | None] = [None] * max_num_seqs
+
+    def begin(self, step: StepInput) -> Rows:
+        """Take in what changed and lay out the step's rows. `InternalError` where the step contradicts the state."""
+        for admission in step.admitted:
+            self._admit(admission)
+        for slot, block in np.frombuffer(step.new_blocks, "<i4").reshape(-1, 2).tolist():
+            self._append_block(slot, block)
+        chunks = np.frombuffer(step.prefills, "<i4").reshape(-1, 2).astype(np.int64)
+        decodes = np.flatnonzero(np.unpackbits(np.frombuffer(step.decodes, np.uint8), bitorder="little"))
+        self._check(chunks, decodes)
+        return self._rows(chunks, decodes)
+
+    def finish(self, rows: Rows, sampled: IntArray) -> None:
+        """Record that `rows` are computed, and append the token sampled by each of `rows.sample_slots`."""
+        for prefill in rows.prefills:
+            self.num_computed[prefill.slot] = prefill.stop
+        self.num_computed[rows.decode_slots] += 1
+        slots = rows.sample_slots
+        self.token_ids[slots, self.num_known[slots]] = sampled
+        self.num_known[slots] += 1
+
+    def _admit(self, admission: Admission) -> None:
+        slot = admission.slot
+        tokens = np.frombuffer(admission.token_ids, "<i4")
+        blocks = np.frombuffer(admission.block_table, "<i4")
+        if not 0 <= slot < len(self.num_known):
+            raise InternalError(f"slot {slot} is not in [0, {len(self.num_known)})")
+        if not 0 <= admission.num_computed < len(tokens) <= self._max_model_len:
+            raise InternalError(
+                f"slot {slot}: {admission.num_computed} computed of {len(tokens)} tokens, "
+                f"in a model of {self._max_model_len}"
+            )
+        self.token_ids[slot, : len(tokens)] = tokens
+        self.num_known[slot] = len(tokens)
+        self.num_computed[slot] = admission.num_computed
+        self.num_prompt[slot] = admission.num_prompt
+        self.num_blocks[slot] = 0
+        self.sampling[slot] = admission.sampling
+        for block in blocks.tolist():
+            self._append_block(slot, block)
+
+    def _append_block(self, slot: int, block: int) -> None:
+        count = int(self.num_blocks[slot])
+        if not 0 <= block < self._num_cache_blocks or count >= self.block_tables.shape[1]:
+            raise InternalError(
+                f"slot {slot}: block {block} as number {count}; the cache has {self._num_cache_blocks} blocks "
+                f"and a sequence at most {self.block_tables.shape[1]}"
+            )
+        self.block_tables[slot, count] = block
+        self.num_blocks[slot] = count + 1
+
+    def _check(self, chunks: IntArray, decodes: IntArray) -> None:
+        """A chunk has known tokens, a decode has one, and all of them have a block and a place in the model."""
+        slots = np.concatenate([chunks[:, 0], decodes])
+        if len(slots) != len(np.unique(slots)) or (slots >= len(self.num_known)).any() or (slots < 0).any():
+            raise InternalError(f"a step names slots {slots.tolist()}: they must be distinct and in range")
+        stops = self.num_computed[slots] + np.concatenate([chunks[:, 1], np.ones(len(decodes), np.int64)])
+        known = self.num_known[slots]
+        ok = (stops <= known) & (stops > self.num_computed[slots]) & (known <= self._max_model_len)
+        ok &= stops <= self.num_blocks[slots] * self._block_size
+        ok[len(chunks) :] &= stops[len(chunks) :] == known[len(chunks) :]
+        if not ok.all():
+            slot = int(slots[ok.argmin()])
+            raise InternalError(
+                f"slot {slot} cannot compute up to token {int(stops[ok.argmin()])}: "
+                f"{self.num_computed[slot]} computed, {self.num_known[slot]} known, {self.num_blocks[slot]} blocks"
+            )
+
+    def _rows(self, chunks: IntArray, decodes: IntArray) -> Rows:
+        slots = np.concatenate([chunks[:, 0], decodes])
+        counts = np.concatenate([chunks[:, 1], np.ones(len(decodes), np.int64)])
+        starts = self.num_computed[slots]
+        first_rows = np.cumsum(counts) - counts
+        token_slots = np.repeat(slots, counts)
+        positions = np.arange(int(counts.sum())) - np.repeat(first_rows - starts, counts)
+        samples = starts + counts == self.num_known[slots]
+        prefills = [
+            Prefill(slot, start, start + count, row, self._cache_rows(slot, start + count) if start else None)
+            for slot, start, count, row in zip(
+                *(array[: len(chunks)].tolist() for array in (slots, starts, counts, first_rows)), strict=True
+            )
+        ]
+        blocks = self.block_tables[token_slots, positions // self._block_size].astype(np.int64)
+        return Rows(
+            token_ids=torch.from_numpy(self.token_ids[token_slots, positions].astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            num_prompt=torch.from_numpy(self.num_prompt[token_slots]),
+            slot_mapping=torch.from_numpy(blocks * self._block_size + positions % self._block_size),
+            prefills=prefills,
+            decode_slots=decodes,
+            sample_slots=slots[samples],
+            sample_rows=(first_rows + counts - 1)[samples],
+        )
+
+    def _cache_rows(self, slot: int, stop: int) -> torch.Tensor:
+        positions = np.arange(stop)
+        blocks = self.block_tables[slot, positions // self._block_size].astype(np.int64)
+        return torch.from_numpy(blocks * self._block_size + positions % self._block_size)

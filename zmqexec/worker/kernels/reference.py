@@ -1,0 +1,86 @@
+"""The model's kernels in plain torch: what runs on the CPU, and the truth for any faster version.
+
+Runs in: worker. `kernels/__init__.py` gives the shapes and checks them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from zmqexec.worker.kernels.plan import DecodePlan
+
+PREFILL_TILE = 512
+"""Query tokens per attention call over a cached prefix: bounds the mask's memory at long contexts."""
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    variance = wide.pow(2).mean(-1, keepdim=True)
+    return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype)
+
+
+def rope_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    half = heads.shape[-1] // 2
+    low, high = heads[..., :half].float(), heads[..., half:].float()
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated_low = low * cos - high * sin
+    heads[..., half:] = high * cos + low * sin
+    heads[..., :half] = rotated_low
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    inner = gate_up.shape[-1] // 2
+    return silu(gate_up[..., :inner]).mul_(gate_up[..., inner:])
+
+
+def write_kv(cache: torch.Tensor, slot_mapping: torch.Tensor, kv: torch.Tensor) -> None:
+    cache.index_copy_(0, slot_mapping, kv)
+
+
+def decode_attention(query: torch.Tensor, cache: torch.Tensor, plan: DecodePlan, scale: float) -> torch.Tensor:
+    num_seqs, num_heads, head_dim = query.shape
+    num_kv_heads = cache.shape[2]
+    blocks = cache.view(-1, *plan.workspace.shape[1:])
+    # The query heads that share a KV head become the rows of one small matrix.
+    query = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = torch.empty_like(query)
+    for tile in plan.tiles:
+        gathered = plan.workspace[: len(tile.blocks)]
+        torch.index_select(blocks, 0, tile.blocks, out=gathered)
+        # What a block holds past the context is another sequence's, or was never written: NaN there would spread.
+        gathered.flatten(0, 1).index_fill_(0, tile.tail_rows, 0.0)
+        kv = gathered.view(tile.num_seqs, -1, *cache.shape[1:])[:, : tile.length]
+        keys, values = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        out[tile.seqs] = scaled_dot_product_attention(query[tile.seqs], keys, values, attn_mask=tile.mask, scale=scale)
+    return out.view(num_seqs, num_heads, head_dim)
+
+
+def prefill_attention(query: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
+    num_tokens, num_heads, head_dim = query.shape
+    context_len, _, num_kv_heads, _ = kv.shape
+    group = num_heads // num_kv_heads
+    # KV heads are the batch, the query heads of each its heads: keys are shared by stride 0, not copied.
+    keys = kv[:, 0].permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
+    values = kv[:, 1].permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
+    grouped = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    if context_len == num_tokens:
+        out = scaled_dot_product_attention(grouped, keys, values, is_causal=True, scale=scale)
+    else:
+        prefix_len = context_len - num_tokens
+        tiles = [
+            _prefill_tile(grouped[:, :, start : start + PREFILL_TILE], keys, values, prefix_len + start, scale)
+            for start in range(0, num_tokens, PREFILL_TILE)
+        ]
+        out = torch.cat(tiles, dim=2)
+    return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def _prefill_tile(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first_position: int, scale: float
+) -> torch.Tensor:
+    """Attention of consecutive queries, the first at `first_position`, over the keys at and before each."""
+    num_tokens = query.shape[2]
+    length = first_position + num_tokens
+    mask = torch.ones((num_tokens, length), dtype=torch.bool).tril(first_position)
+    return scaled_dot_product_attention(query, keys[:, :, :length], values[:, :, :length], attn_mask=mask, scale=scale)

@@ -1,0 +1,108 @@
+"""A rank's model from loading to sampled tokens: what the worker's loop calls for each message.
+
+Runs in: worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from zmqexec.bus.status import Phase
+from zmqexec.errors import ConfigError, InternalError
+from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config
+from zmqexec.protocol import LoadModel, StepInput, StepOutput
+from zmqexec.worker.batch import Batch
+from zmqexec.worker.collectives import Collectives, PhasedCollectives
+from zmqexec.worker.kernels.plan import DecodePlanner
+from zmqexec.worker.kv_cache import KVCache, cpu_cache_bytes
+from zmqexec.worker.models.llama import LlamaModel
+from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
+from zmqexec.worker.sampler import Sampled, Sampler
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelRunner:
+    """One rank of the model. Call `load`, then `init_cache`, then `run` for every step, all from one thread.
+
+    Every rank runs every step and gets the same token ids; log-probabilities are built on rank 0 alone. `collectives`
+    stays the caller's to close. `on_phase` is told what the rank is doing.
+    """
+
+    def __init__(
+        self, load: LoadModel, collectives: Collectives, on_phase: Callable[[Phase], None] = lambda phase: None
+    ) -> None:
+        if load.dtype not in DTYPES:
+            raise ConfigError(f"dtype={load.dtype!r}: a worker computes in {', '.join(DTYPES)}", "dtype")
+        self._load = load
+        self._dtype = DTYPES[load.dtype]
+        self._collectives = PhasedCollectives(collectives, on_phase)
+        self._model_config = load_model_config(Path(load.model_dir))
+        check_tensor_parallel(self._model_config, collectives.tp_size)
+        self._sharding = Sharding(self._model_config, collectives.rank, collectives.tp_size)
+        self._sampler = Sampler(
+            self._model_config.vocab_size,
+            self._sharding.vocab.start,
+            self._collectives,
+            wants_logprobs=collectives.rank == 0,
+        )
+        self._model: LlamaModel | None = None
+        self._cache: KVCache | None = None
+        self._planner: DecodePlanner | None = None
+        self._batch: Batch | None = None
+
+    def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+        """Load this rank's shard, calling `on_progress(done_bytes, total_bytes)`; returns bytes for the KV cache.
+
+        `CheckpointError` where the checkpoint lacks a tensor or has one of an unsupported type.
+        """
+        torch.set_num_threads(self._load.num_threads)
+        with torch.inference_mode():
+            self._model = self._load_model(on_progress)
+        return cpu_cache_bytes(self._load.config, self._model_config, self._load.max_model_len, self._dtype)
+
+    def _load_model(self, on_progress: Callable[[int, int], None]) -> LlamaModel:
+        config, collectives = self._model_config, self._collectives
+        dummy = self._load.config.load_format == "dummy"
+        source: TensorSource = RandomSource(config) if dummy else SafetensorsSource(Path(self._load.model_dir))
+        weights = load_weights(
+            config, self._sharding, collectives.rank, collectives.tp_size, source, self._dtype, on_progress
+        )
+        return LlamaModel(config, self._sharding, weights, collectives, self._load.max_model_len)
+
+    def init_cache(self, num_blocks: int) -> None:
+        """Allocate a KV cache of `num_blocks` blocks and the state of `max_num_seqs` slots."""
+        config, block_size = self._model_config, self._load.config.block_size
+        num_kv_heads = len(self._sharding.kv_heads)
+        self._cache = KVCache(config.num_layers, num_blocks, block_size, num_kv_heads, config.head_dim, self._dtype)
+        self._planner = DecodePlanner(block_size, num_kv_heads, config.head_dim, self._dtype)
+        self._batch = Batch(self._load.config.max_num_seqs, self._load.max_model_len, block_size, num_blocks)
+
+    def run(self, step: StepInput) -> StepOutput:
+        """Compute one step. `InternalError` where the step does not fit the steps before it."""
+        with torch.inference_mode():
+            sampled = self._run(step)
+        return StepOutput(
+            epoch=step.epoch,
+            step_id=step.step_id,
+            token_ids=sampled.token_ids.astype("<i4").tobytes(),
+            logprobs=sampled.logprobs,
+            prompt_logprobs=sampled.prompt_logprobs,
+        )
+
+    def _run(self, step: StepInput) -> Sampled:
+        if self._model is None or self._cache is None or self._planner is None or self._batch is None:
+            raise InternalError("a step came before load and init_cache")
+        batch = self._batch
+        rows = batch.begin(step)
+        self._collectives.enter(Phase.PREFILL if rows.prefills else Phase.DECODE)
+        decodes = rows.decode_slots
+        plan = self._planner.plan(batch.block_tables[decodes], batch.num_known[decodes])
+        hidden = self._model.forward(rows, self._cache, plan)
+        self._collectives.enter(Phase.SAMPLING)
+        sampled = self._sampler.sample(self._model, hidden, rows, batch)
+        batch.finish(rows, sampled.token_ids)
+        return sampled
