@@ -46,6 +46,15 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether SIGSTOP has reached every thread: the kernel counts a process as stopped only then."""
+    try:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):  # a thread that ended just now
+        return False
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 def wait_gone(processes: Iterable[psutil.Process], timeout_s: float) -> float:
     """Seconds until all of them were gone."""
     start = time.monotonic()

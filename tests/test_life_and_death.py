@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.procs import cpu_seconds, is_gone, leftovers, roles, wait_for, wait_gone
+from tests.procs import cpu_seconds, is_gone, is_stopped, leftovers, roles, wait_for, wait_gone
 
 SLACK = 5
 GONE_S = 2.0
@@ -154,7 +154,7 @@ def reach(moment: str, victim: Victim) -> dict[str, psutil.Process]:
     else:
         assert moment == "one worker stopped"
         rank_1.suspend()
-        wait_for(lambda: rank_1.status() == psutil.STATUS_STOPPED, 10.0, "a stopped worker")
+        wait_for(lambda: is_stopped(rank_1.pid), 10.0, "a stopped worker")
     return processes
 
 

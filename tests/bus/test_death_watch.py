@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.procs import is_stopped
+
 # The driver's part: starts a worker with a lifeline, says who is who, and waits to be killed.
 DRIVER = """if True:
     import json, os, subprocess, sys, time
@@ -69,10 +71,9 @@ def family(start, stack):
     return begin
 
 
-def is_stopped(pidfd: int) -> bool:
+def pid_of(pidfd: int) -> int:
     info = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
-    pid = next(line.split()[1] for line in info.splitlines() if line.startswith("Pid:"))
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return next(int(line.split()[1]) for line in info.splitlines() if line.startswith("Pid:"))
 
 
 def kill(pidfd: int) -> None:
@@ -98,7 +99,7 @@ def test_a_stopped_worker_ends_with_its_driver(family, eventually):
     """In a process group of its own it is continued by the kernel, for the group has lost its last outside parent."""
     driver, pidfds = family(SLEEPS, group="own")
     signal.pidfd_send_signal(pidfds["worker"], signal.SIGSTOP)
-    eventually(lambda: is_stopped(pidfds["worker"]))
+    eventually(lambda: is_stopped(pid_of(pidfds["worker"])))
     driver.kill()
     assert ends(pidfds["worker"])
 
