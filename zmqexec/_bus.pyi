@@ -1,26 +1,41 @@
-"""The C extension: shared memory, records, bells. `zmqexec.bus` is what the rest of the package uses.
+"""The C extension: shared memory, records, waiting. `zmqexec.bus` is what the rest of the package uses.
 
 Runs in: driver | worker.
 """
 
-from typing import Final, final
+from collections.abc import Callable
+from typing import Any, Final, final
 
 from _typeshed import ReadableBuffer
 
 BUILD_ID: Final[str]  # digest of the C sources; two processes on one bus must have the same
 LAYOUT_VERSION: Final[int]
-WORKER_BELL: Final[int]  # the driver published or closed
-SPACE_BELL: Final[int]  # a worker freed slots of the broadcast ring
-DRIVER_BELL: Final[int]  # a worker replied
-REPLY_SPACE_BELL: Final[int]  # the driver freed slots of a reply ring, or closed
+BUCKET_FIRST_OCTAVE: Final[int]  # histograms have four buckets to an octave, from 2**this nanoseconds
+NUM_BUCKETS: Final[int]
+
+Decoders = tuple[Callable[[memoryview], Any], ...]
+Waits = tuple[int, int, int, int]  # spun, parked, spun_ns, parked_ns
+RankStatistics = tuple[
+    int,  # attached_ns
+    int,  # received
+    int,  # replied
+    int,  # blocked_ns
+    int,  # checksum_failures
+    int,  # unread slots of the broadcast ring
+    int,  # unread slots of its reply ring
+    Waits,
+    tuple[int, list[int]],  # pick-up: sum_ns, counts
+    tuple[int, list[int]],  # reply
+]
 
 @final
 class Segment:
     """One process's view of an engine's shared memory.
 
     The driver (rank -1) writes the broadcast ring and reads every reply ring; rank r reads the broadcast ring and
-    writes reply ring r. Every method may be called from any thread and raises BusClosed after `close`, BusError in a
-    fork of the process that opened the segment. No method blocks but `wait`.
+    writes reply ring r; an observer (rank -2) sees the status pages. One thread writes and one (the same or another)
+    reads, or BusError says that there are two; everything else may come from any. Every method raises BusClosed after
+    `close`, BusError in a fork of the process that opened the segment.
     """
 
     @classmethod
@@ -33,15 +48,30 @@ class Segment:
         slot_bytes: int,
         reply_num_slots: int,
         reply_slot_bytes: int,
+        has_checksums: bool = False,
+        wait_policy: int = 1,
+        cores: int = 0,
+        name: str = "",
     ) -> Segment:
-        """The driver's view of a new segment. ValueError: a geometry that cannot be; BusError: the system refused."""
+        """The driver's view of a new segment. ValueError: a geometry that cannot be; BusError: the system refused.
+
+        has_checksums  every record carries a CRC-32C of its payload, which its readers check
+        wait_policy    of all processes: 0 latency, 1 balanced, 2 eco (wait.c)
+        cores          cores that this process may use: with fewer than processes, spinning yields at every turn
+        name           what tools show; cut to 63 bytes
+        """
 
     @classmethod
-    def attach(cls, fd: int, rank: int, /) -> Segment:
+    def attach(cls, fd: int, rank: int, cores: int = 0, /) -> Segment:
         """Rank `rank`'s view of the segment in memfd `fd`, which stays the caller's to close.
 
-        BusError: not a bus, another layout version, a geometry that does not fit the file, an unsealed file.
+        BusError: not a bus, another layout version, a geometry that does not fit the file, an unsealed file, a rank
+        that another attached as before.
         """
+
+    @classmethod
+    def observe(cls, fd: int, /) -> Segment:
+        """A view of the status pages, mapped read-only. BusError as in `attach`."""
 
     @property
     def closed(self) -> bool:
@@ -49,11 +79,15 @@ class Segment:
 
     @property
     def fd(self) -> int:
-        """The driver's memfd, close-on-exec, to be passed to workers; -1 in a worker and after `close`."""
+        """The driver's memfd, close-on-exec, to be passed to workers; -1 elsewhere and after `close`."""
 
     @property
     def rank(self) -> int:
-        """-1: the driver."""
+        """-1: the driver; -2: an observer."""
+
+    @property
+    def last_reader(self) -> int:
+        """In the driver: the rank whose ring `read` looked at last."""
 
     @property
     def epoch(self) -> int: ...
@@ -61,36 +95,32 @@ class Segment:
     def num_workers(self) -> int: ...
     @property
     def max_payload_bytes(self) -> int:
-        """The largest payload that `try_write` takes."""
+        """The largest payload that `write` takes."""
 
     def close(self) -> None:
         """End all waits of this process, and of the workers if this is the driver; then unmap. Idempotent."""
 
-    def try_write(self, payload: ReadableBuffer, kind: int, /) -> bool:
-        """Publish a copy of `payload`; False while a reader still owns the slots.
+    def write(self, payload: ReadableBuffer, kind: int, timeout_s: float, /) -> bool:
+        """Publish a copy of `payload`, waiting at most `timeout_s` for slots, without the GIL; False at the deadline.
 
         ValueError: larger than `max_payload_bytes`. BusClosed: also when the driver closed. ProtocolError: the shared
         memory is damaged.
         """
 
-    def try_read(self, index: int = 0, /) -> tuple[int, bytes] | None:
-        """(kind, payload) of the next record; in the driver `index` is the rank whose replies are read.
+    def read(self, decoders: Decoders, timeout_s: float, /) -> Any:
+        """`decoders[kind](payload)` of the next record, waiting at most `timeout_s` for one, without the GIL.
 
-        BusClosed: the driver closed and everything it published was read. ProtocolError: the record is damaged; it
-        stays, and so does the error.
+        The driver gets (rank, that), ranks in turn. The payload is a view of the ring itself, which a decoder must not
+        keep. None at the deadline, or for a `wake`. An exception of the decoder is raised here, and its record is
+        gone. BusClosed: the driver closed and everything it published was read. ProtocolError: the record is damaged
+        or of an unknown kind; where damaged it stays, and so does the error.
         """
+
+    def wake(self) -> None:
+        """Make this process's `read` return None, once, when it next finds no record."""
 
     def holding_back(self, length: int, /) -> list[int]:
         """Readers of our ring for whose sake a payload of `length` bytes cannot be written now."""
-
-    def bell_value(self, bell: int, /) -> int: ...
-    def ring_bell(self, bell: int, /) -> None: ...
-    def wait(self, bell: int, seen: int, timeout_s: float, spin_us: float, /) -> bool:
-        """Wait until `bell` has rung since its value was `seen`; False at the deadline. Releases the GIL.
-
-        Read the value first, then check every condition, then wait: a ring in between ends the wait at once. Spins for
-        `spin_us` before it parks. Signal handlers run, and may raise.
-        """
 
     def set_status(self, phase: int, step_id: int, /) -> None:
         """This rank's phase (8 bits) and step (56 bits), with the time."""
@@ -98,8 +128,19 @@ class Segment:
     def set_error(self, text: str, /) -> None:
         """This rank's last error: the first 232 bytes of it."""
 
+    def set_gauges(self, values: tuple[int, ...], /) -> None:
+        """The engine's figures for whoever observes: at most 16 unsigned integers of 64 bits."""
+
     def status(self, rank: int, /) -> tuple[int, int, int, int, str]:
         """(pid, phase, step_id, heartbeat_ns, error) of a rank; pid is 0 before it attached."""
+
+    def statistics(
+        self,
+    ) -> tuple[int, int, int, int, Waits, tuple[int, ...], int, tuple[RankStatistics, ...]]:
+        """(published, published_bytes, blocked_ns, checksum_failures, waits, gauges, gauges_ns, ranks)."""
+
+    def header(self) -> tuple[str, int, int, int, int, int]:
+        """(name, driver_pid, created_ns, wait_policy, num_slots, reply_num_slots)."""
 
 def arm_death_watch(parent_pid: int, lifeline_fd: int, /) -> None:
     """End this process (`_exit(1)`) when its parent has exited or the pipe `lifeline_fd` has hung up.

@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#define HOT_BYTES (256u << 10) /* what a ring uses while its readers keep up: fits the caches of one core */
+
 static uint64_t slots_of(const struct bus_ring *ring, uint64_t length)
 {
     return (sizeof(struct bus_record) + length + ring->slot_bytes - 1) / ring->slot_bytes;
@@ -21,34 +23,95 @@ uint64_t bus_ring_max_payload(const struct bus_ring *ring)
     return (uint64_t)ring->num_slots * ring->slot_bytes - sizeof(struct bus_record);
 }
 
+/* Whether a payload of `length` bytes can be written now; true also where writing would find the heads damaged. */
+bool bus_has_room(const struct bus_writer *writer, uint64_t length)
+{
+    const struct bus_ring *ring = &writer->ring;
+    const uint64_t slots = slots_of(ring, length);
+    for (uint32_t i = 0; i < ring->num_heads; i++) {
+        const uint64_t occupied =
+            writer->position - atomic_load_explicit(&ring->heads[i].slots, memory_order_relaxed);
+        if (occupied <= ring->num_slots && occupied + slots > ring->num_slots)
+            return false;
+    }
+    return true;
+}
+
+/* Whether there is something to read, be it damaged. */
+bool bus_has_record(const struct bus_reader *reader)
+{
+    return atomic_load_explicit(&reader->ring.tail->slots, memory_order_relaxed) != reader->position;
+}
+
+/* Look at the heads again: BUS_OK with `free_from` up to date, or BUS_INVALID. */
+static enum bus_result see_heads(struct bus_writer *writer, struct bus_why *why)
+{
+    const struct bus_ring *ring = &writer->ring;
+    uint64_t slowest = writer->position;
+    for (uint32_t i = 0; i < ring->num_heads; i++) {
+        /* SYNC: free */
+        const uint64_t head = atomic_load_explicit(&ring->heads[i].slots, memory_order_acquire);
+        if (writer->position - head > ring->num_slots) {
+            snprintf(why->text, sizeof why->text,
+                     "reader %" PRIu32 " claims to be at slot %" PRIu64 " while the writer is at %" PRIu64
+                     " of a ring of %" PRIu32 " slots",
+                     i, head, writer->position, ring->num_slots);
+            return BUS_INVALID;
+        }
+        if (writer->position - head > writer->position - slowest)
+            slowest = head;
+    }
+    writer->free_from = slowest;
+    return BUS_OK;
+}
+
+/* Begin again at the ring's start if all has been read and we are past the part that caches hold: memory written lately
+ * is faster to write than the next part, which may not even have pages yet. Only if `slots` fit before the pad that
+ * this takes, so that nothing has to wait for a reader to pass it. */
+static enum bus_result try_rewind(struct bus_writer *writer, uint64_t slots, struct bus_why *why)
+{
+    const struct bus_ring *ring = &writer->ring;
+    const uint64_t offset = writer->position % ring->num_slots;
+
+    if (offset * ring->slot_bytes < HOT_BYTES || slots > offset)
+        return BUS_OK;
+    const enum bus_result result = see_heads(writer, why);
+    if (result != BUS_OK || writer->free_from != writer->position)
+        return result;
+    const uint64_t rest = ring->num_slots - offset;
+    const struct bus_record pad = {
+        .position = writer->position,
+        .length = (uint32_t)(rest * ring->slot_bytes - sizeof pad),
+        .kind = BUS_PAD,
+    };
+    memcpy(at(ring, writer->position), &pad, sizeof pad);
+    writer->position += rest;
+    return BUS_OK;
+}
+
 /* Publish a copy; BUS_AGAIN while the slowest reader still owns the slots. `length` is at most max_payload. */
 enum bus_result bus_try_write(struct bus_writer *writer, const void *payload, uint64_t length, uint32_t kind,
-                              struct bus_why *why)
+                              uint64_t cause_ns, struct bus_why *why)
 {
     const struct bus_ring *ring = &writer->ring;
     const uint64_t slots = slots_of(ring, length);
 
-    if (writer->position + slots - writer->free_from > ring->num_slots) {
-        uint64_t slowest = writer->position;
-        for (uint32_t i = 0; i < ring->num_heads; i++) {
-            /* SYNC: free */
-            const uint64_t head = atomic_load_explicit(&ring->heads[i].slots, memory_order_acquire);
-            if (writer->position - head > ring->num_slots) {
-                snprintf(why->text, sizeof why->text,
-                         "reader %" PRIu32 " claims to be at slot %" PRIu64 " while the writer is at %" PRIu64
-                         " of a ring of %" PRIu32 " slots",
-                         i, head, writer->position, ring->num_slots);
-                return BUS_INVALID;
-            }
-            if (writer->position - head > writer->position - slowest)
-                slowest = head;
-        }
-        writer->free_from = slowest;
-        if (writer->position + slots - slowest > ring->num_slots)
-            return BUS_AGAIN;
-    }
+    enum bus_result result = try_rewind(writer, slots, why);
+    if (result == BUS_OK && writer->position + slots - writer->free_from > ring->num_slots)
+        result = see_heads(writer, why);
+    if (result != BUS_OK)
+        return result;
+    if (writer->position + slots - writer->free_from > ring->num_slots)
+        return BUS_AGAIN;
 
-    const struct bus_record record = {.position = writer->position, .length = (uint32_t)length, .kind = kind};
+    const struct bus_record record = {
+        .position = writer->position,
+        .time_ns = bus_now_ns(),
+        .cause_ns = cause_ns,
+        .length = (uint32_t)length,
+        .kind = kind,
+        .checksum = ring->has_checksums ? bus_checksum(payload, length) : 0,
+    };
     uint8_t *place = at(ring, writer->position);
     memcpy(place, &record, sizeof record);
     memcpy(place + sizeof record, payload, length); /* may run past the end: the ring is mapped twice */
@@ -58,9 +121,8 @@ enum bus_result bus_try_write(struct bus_writer *writer, const void *payload, ui
     return BUS_OK;
 }
 
-/* The next record, in place. Its slots stay ours until `bus_release`. */
-enum bus_result bus_try_peek(struct bus_reader *reader, struct bus_record *record, const uint8_t **payload,
-                             struct bus_why *why)
+/* Copy the header of the next record, and check it: it is used from the copy, for the original may change under us. */
+static enum bus_result peek_header(const struct bus_reader *reader, struct bus_record *record, struct bus_why *why)
 {
     const struct bus_ring *ring = &reader->ring;
     /* SYNC: publish */
@@ -76,8 +138,7 @@ enum bus_result bus_try_peek(struct bus_reader *reader, struct bus_record *recor
                  tail, reader->index, reader->position, ring->num_slots);
         return BUS_INVALID;
     }
-    const uint8_t *place = at(ring, reader->position);
-    memcpy(record, place, sizeof *record); /* checked and used from this copy: the original may change under us */
+    memcpy(record, at(ring, reader->position), sizeof *record);
     if (record->position != reader->position) {
         snprintf(why->text, sizeof why->text, "the record at slot %" PRIu64 " is numbered %" PRIu64, reader->position,
                  record->position);
@@ -90,7 +151,25 @@ enum bus_result bus_try_peek(struct bus_reader *reader, struct bus_record *recor
                  reader->position, record->length, unread);
         return BUS_INVALID;
     }
-    *payload = place + sizeof *record;
+    return BUS_OK;
+}
+
+/* The next record, in place. Its slots stay ours until `bus_release`. */
+enum bus_result bus_try_peek(struct bus_reader *reader, struct bus_record *record, const uint8_t **payload,
+                             struct bus_why *why)
+{
+    enum bus_result result;
+    while ((result = peek_header(reader, record, why)) == BUS_OK && record->kind == BUS_PAD)
+        bus_release(reader, record); /* what follows it was published with it, so that the writer waits for no bell */
+    if (result != BUS_OK)
+        return result;
+    *payload = at(&reader->ring, reader->position) + sizeof *record;
+    if (reader->ring.has_checksums && bus_checksum(*payload, record->length) != record->checksum) {
+        snprintf(why->text, sizeof why->text,
+                 "the record at slot %" PRIu64 " of %" PRIu32 " bytes does not have the checksum it was written with",
+                 reader->position, record->length);
+        return BUS_DAMAGED;
+    }
     return BUS_OK;
 }
 

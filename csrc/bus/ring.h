@@ -1,8 +1,8 @@
-/* The bus without Python: segments, rings, bells, status, death watch.
+/* The bus without Python: segments, rings, waiting, status, death watch.
  *
  * One `bus_segment` is one process's view of the shared memory. Functions return a `bus_result`; for the failures the
- * reason is in the caller's `bus_why`. No function here is safe against a concurrent `bus_segment_unmap`; module.c
- * sees to that. */
+ * reason is in the caller's `bus_why`. No function here is safe against a concurrent `bus_segment_unmap`, and a ring's
+ * end belongs to one thread at a time; segment_type.c sees to both. */
 #ifndef ZMQEXEC_BUS_RING_H
 #define ZMQEXEC_BUS_RING_H
 
@@ -15,6 +15,7 @@ enum bus_result {
     BUS_AGAIN,   /* nothing to read, no room to write, or the deadline passed */
     BUS_CLOSED,  /* the driver closed the bus */
     BUS_INVALID, /* the shared memory holds what no writer of this version leaves there */
+    BUS_DAMAGED, /* the same, found by a checksum */
     BUS_FAILED,  /* the system refused */
     BUS_SIGNAL,  /* a signal arrived */
 };
@@ -28,6 +29,7 @@ struct bus_ring {
     uint8_t *data;
     uint32_t num_slots;
     uint32_t slot_bytes;
+    bool has_checksums;
     struct bus_cursor *tail;
     struct bus_cursor *heads;
     uint32_t num_heads;
@@ -47,44 +49,70 @@ struct bus_reader {
     uint64_t position;
 };
 
-/* The driver (rank -1) writes the broadcast ring and reads every reply ring; rank r reads the broadcast ring and
- * writes reply ring r. `readers` holds one entry per rank in the driver, one in a worker. */
+/* How much a wait may spin for a shorter wake-up: wait.c. */
+enum bus_wait_policy { BUS_LATENCY, BUS_BALANCED, BUS_ECO, BUS_NUM_POLICIES };
+
+/* What one waiter has learned of how long its waits take: their mean and mean deviation. */
+struct bus_pace {
+    enum bus_wait_policy policy;
+    bool crowded; /* more processes on the bus than cores: yield at every turn */
+    uint32_t num_outliers;
+    int64_t mean_ns; /* negative: nothing learned yet */
+    int64_t deviation_ns;
+};
+
+#define BUS_DRIVER (-1)
+#define BUS_OBSERVER (-2)
+
+/* The driver writes the broadcast ring and reads every reply ring; rank r reads the broadcast ring and writes reply
+ * ring r; an observer maps what comes before the rings, and writes nothing. `readers` holds one entry per rank in the
+ * driver, one in a worker. */
 struct bus_segment {
     int rank;
-    uint64_t epoch;
-    struct bus_geometry geometry;
+    struct bus_header header;
     uint8_t *control; /* everything before the rings */
     size_t control_bytes;
     struct bus_bells *bells;
-    struct bus_status *statuses;
+    struct bus_driver_status *driver;
+    struct bus_cursor *cursors;
     struct bus_writer writer;
     struct bus_reader *readers;
     uint32_t num_readers;
 };
 
 /* segment.c */
-enum bus_result bus_segment_create(struct bus_segment *segment, const struct bus_geometry *geometry, uint64_t epoch,
-                                   int *fd, struct bus_why *why);
+enum bus_result bus_segment_create(struct bus_segment *segment, const struct bus_header *settings, int *fd,
+                                   struct bus_why *why);
 enum bus_result bus_segment_attach(struct bus_segment *segment, int fd, int rank, struct bus_why *why);
 void bus_segment_unmap(struct bus_segment *segment);
+struct bus_status *bus_status_of(const struct bus_segment *segment, uint32_t rank);
+struct bus_cursor *bus_reply_cursors(const struct bus_segment *segment, uint32_t rank); /* tail, head */
 
 /* ring.c */
 uint64_t bus_ring_max_payload(const struct bus_ring *ring);
+bool bus_has_room(const struct bus_writer *writer, uint64_t length);
 enum bus_result bus_try_write(struct bus_writer *writer, const void *payload, uint64_t length, uint32_t kind,
-                              struct bus_why *why);
+                              uint64_t cause_ns, struct bus_why *why);
 enum bus_result bus_try_peek(struct bus_reader *reader, struct bus_record *record, const uint8_t **payload,
                              struct bus_why *why);
+bool bus_has_record(const struct bus_reader *reader);
 void bus_release(struct bus_reader *reader, const struct bus_record *record);
 
-/* bell.c */
+/* wait.c */
 uint64_t bus_now_ns(void);
 void bus_ring_bell(struct bus_bell *bell);
-enum bus_result bus_wait_bell(struct bus_bell *bell, uint32_t seen, uint64_t deadline_ns, uint64_t spin_ns);
+enum bus_result bus_wait(struct bus_bell *bell, bool (*is_ready)(const void *), const void *of, struct bus_pace *pace,
+                         uint64_t deadline_ns, struct bus_waits *waits);
 
 /* status.c */
 void bus_set_status(struct bus_status *status, uint32_t phase, int64_t step_id);
 void bus_set_error(struct bus_status *status, const char *text, size_t length);
-void bus_get_error(struct bus_status *status, char text[BUS_ERROR_WORDS * 8 + 1]);
+void bus_get_error(const struct bus_status *status, char text[BUS_ERROR_WORDS * 8 + 1]);
+void bus_count(_Atomic uint64_t *counter, uint64_t amount);
+void bus_record_ns(struct bus_histogram *histogram, uint64_t duration_ns);
+
+/* checksum.c */
+uint32_t bus_checksum(const void *data, size_t length);
 
 /* death_watch.c */
 enum bus_result bus_arm_death_watch(int parent_pid, int lifeline_fd, struct bus_why *why);

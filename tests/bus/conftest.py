@@ -40,8 +40,8 @@ def make_bus(stack):
     """A driver's channel and the channels of all its workers, in this process."""
 
     def make(num_workers: int = 1, **settings) -> tuple[DriverChannel, list[WorkerChannel]]:
-        driver = stack.enter_context(DriverChannel.create(num_workers, epoch=7, **{"spin_us": 0.0, **settings}))
-        workers = [WorkerChannel.attach(driver.fd, rank, spin_us=0.0) for rank in range(num_workers)]
+        driver = stack.enter_context(DriverChannel.create(num_workers, epoch=7, **settings))
+        workers = [WorkerChannel.attach(driver.fd, rank) for rank in range(num_workers)]
         for worker in workers:
             stack.enter_context(worker)
         return driver, workers

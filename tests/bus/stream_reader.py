@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 from zmqexec import _bus
 from zmqexec.bus.link import Inbox
-from zmqexec.bus.ring import wait_until
 
 SLOT_BYTES = 256
 RING_BYTES = 64 << 10
@@ -29,22 +28,20 @@ def messages(num_messages: int, seed: int) -> Iterator[bytes]:
         if choose.random() < 0.01:
             length = RING_BYTES + choose.randrange(RING_BYTES // 2)
         else:
-            length = choose.randrange(SLOT_BYTES + 1, 4 * SLOT_BYTES) - 16 - 8
+            length = choose.randrange(SLOT_BYTES + 1, 4 * SLOT_BYTES) - 40 - 8
         body = number.to_bytes(4, "little") + NOISE[number % 1024 : number % 1024 + length]
         yield zlib.crc32(body).to_bytes(4, "little") + body
 
 
 def main(fd: int, rank: int, num_messages: int, seed: int, max_delay_s: float) -> None:
     segment = _bus.Segment.attach(fd, rank)
-    inbox = Inbox(segment)
+    inbox = Inbox(segment, bytes)
     delays = random.Random(rank)
     seen = {"intact": 0, "torn": 0, "out of order": 0, "large": 0}
     for number, expected in enumerate(messages(num_messages, seed)):
         if max_delay_s and delays.random() < 0.001:
             time.sleep(delays.uniform(0, max_delay_s))
-        got = inbox.try_receive()
-        if got is None:
-            got = wait_until(segment, _bus.WORKER_BELL, inbox.try_receive, 30.0, 0.0, lambda: inbox.longest_wait_s)
+        got = inbox.receive(30.0)
         if got is None:
             raise TimeoutError(f"message {number} did not come")
         if got[:4] != zlib.crc32(memoryview(got)[4:]).to_bytes(4, "little"):
@@ -54,7 +51,7 @@ def main(fd: int, rank: int, num_messages: int, seed: int, max_delay_s: float) -
         else:
             seen["intact"] += 1
             seen["large"] += len(got) > RING_BYTES
-    seen["more"] = sum(1 for _ in iter(inbox.try_receive, None))
+    seen["more"] = sum(1 for _ in iter(lambda: inbox.receive(0.0), None))
     print(json.dumps(seen))
     inbox.close()
     segment.close()

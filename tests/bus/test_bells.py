@@ -10,50 +10,69 @@ import pytest
 
 from zmqexec import _bus
 from zmqexec.bus import ring
-from zmqexec.errors import BusClosed
+from zmqexec.bus.channel import WAIT_POLICIES
+from zmqexec.errors import BusClosed, BusError
+
+AS_BYTES = (bytes,)
+WORKER_BELL, SPACE_BELL = 0, 1
 
 
 @pytest.fixture
-def pair(make_ring):
-    writer, (reader,) = make_ring(num_slots=2, num_readers=1)
-    return writer.segment, reader.segment
+def make_pair(stack):
+    """A driver's and a worker's segment with a broadcast ring of two slots."""
+
+    def make(policy="eco", cores=0):
+        driver = _bus.Segment.create(
+            num_workers=1,
+            epoch=0,
+            num_slots=2,
+            slot_bytes=ring.slot_bytes_for(2),
+            reply_num_slots=2,
+            reply_slot_bytes=ring.slot_bytes_for(2),
+            wait_policy=WAIT_POLICIES.index(policy),
+            cores=cores,
+        )
+        stack.callback(driver.close)
+        worker = _bus.Segment.attach(driver.fd, 0, cores)
+        stack.callback(worker.close)
+        return driver, worker
+
+    return make
 
 
-@pytest.mark.parametrize("spin_us", [0.0, 30.0, 1e6])
-def test_a_wait_ends_at_its_deadline(pair, spin_us):
-    _, worker = pair
+@pytest.fixture
+def pair(make_pair):
+    return make_pair()
+
+
+@pytest.mark.parametrize("policy", WAIT_POLICIES)
+def test_a_wait_ends_at_its_deadline(make_pair, policy):
+    driver, worker = make_pair(policy)
+    for timeout_s in (0.05, 0.0003):  # also one within a spin
+        begin = time.monotonic()
+        assert worker.read(AS_BYTES, timeout_s) is None
+        assert timeout_s <= time.monotonic() - begin < 5
+    assert driver.write(b"a", 0, 0.0) and driver.write(b"b", 0, 0.0)
     begin = time.monotonic()
-    assert not worker.wait(_bus.WORKER_BELL, worker.bell_value(_bus.WORKER_BELL), 0.05, spin_us)
+    assert not driver.write(b"c", 0, 0.05)
     assert 0.05 <= time.monotonic() - begin < 5
-
-
-def test_a_ring_before_the_wait_ends_it_at_once(pair):
-    driver, worker = pair
-    seen = worker.bell_value(_bus.WORKER_BELL)
-    driver.ring_bell(_bus.WORKER_BELL)
-    assert worker.wait(_bus.WORKER_BELL, seen, 60, 0.0)
 
 
 @pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), 1e9])
 def test_a_wait_without_a_deadline_is_refused(pair, timeout_s):
     with pytest.raises(ValueError, match="timeout_s"):
-        pair[0].wait(_bus.SPACE_BELL, 0, timeout_s, 0.0)
+        pair[1].read(AS_BYTES, timeout_s)
 
 
-@pytest.mark.parametrize("spin_us", [0.0, 20.0])
-def test_no_wake_up_is_lost(make_ring, in_thread, spin_us):
-    """Ping-pong: each side waits for the other with a deadline that only a lost wake-up would reach."""
+@pytest.mark.parametrize("cores", [0, 64], ids=["crowded", "a core each"])
+@pytest.mark.parametrize("policy", WAIT_POLICIES)
+def test_no_wake_up_is_lost(make_pair, in_thread, policy, cores):
+    """Each side waits for the other with a deadline that only a lost wake-up would reach."""
     rounds = 20_000
-    writer, (reader,) = make_ring(num_slots=2, num_readers=1)
-    reader = ring.RingReader(reader.segment, spin_us=spin_us)
-    writer = ring.RingWriter(writer.segment, spin_us)
-
-    def read():
-        return sum(reader.read(timeout_s=5) is not None for _ in range(rounds))
-
-    join = in_thread(read)
+    driver, worker = make_pair(policy, cores)
+    join = in_thread(lambda: sum(worker.read(AS_BYTES, 5) is not None for _ in range(rounds)))
     for _ in range(rounds):
-        writer.write(b"ping", timeout_s=5)
+        assert driver.write(b"ping", 0, 5)
     assert join() == rounds
 
 
@@ -65,44 +84,55 @@ def test_a_signal_handler_runs_during_a_wait_and_may_end_it(pair):
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
-            pair[1].wait(_bus.WORKER_BELL, pair[1].bell_value(_bus.WORKER_BELL), 60, 0.0)
+            pair[1].read(AS_BYTES, 60)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_signal_handler_that_returns_does_not_shorten_a_wait(pair):
+def test_a_signal_handler_that_returns_does_not_shorten_a_wait_and_may_use_the_bus(pair):
+    worker = pair[1]
     calls = []
-    before = signal.signal(signal.SIGALRM, lambda *_: calls.append(1))
+    before = signal.signal(signal.SIGALRM, lambda *_: calls.append(worker.read(AS_BYTES, 0.0)))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
         begin = time.monotonic()
-        assert not pair[1].wait(_bus.WORKER_BELL, pair[1].bell_value(_bus.WORKER_BELL), 0.1, 0.0)
+        assert worker.read(AS_BYTES, 0.1) is None
         assert time.monotonic() - begin >= 0.1 and calls
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
-def waiting_threads(segment, bell: int) -> int:
+def num_waiters(segment, bell: int) -> int:
     """How many waiters a bell counts: the second word of its line on the page of bells."""
     return int.from_bytes(os.pread(segment.fd, 4, ring.PAGE_BYTES + 64 * bell + 4), "little")
 
 
-@pytest.mark.parametrize("who", ["driver", "worker"])
-def test_closing_ends_the_waits_of_other_threads(pair, in_thread, eventually, who):
+def test_two_threads_that_read_or_write_at_once_are_told(pair, in_thread, eventually):
     driver, worker = pair
-    joins = [in_thread(lambda: worker.wait(_bus.WORKER_BELL, 0, 60, 0.0)) for _ in range(3)]
-    eventually(lambda: waiting_threads(driver, _bus.WORKER_BELL) == 3)
-    if who == "worker":
-        worker.close()
-        for join in joins:
-            with pytest.raises(BusClosed):
-                join()
-    else:
-        driver.close()
-        assert [join() for join in joins] == [True] * 3
-        assert worker.closed
+    assert driver.write(b"a", 0, 0.0) and driver.write(b"b", 0, 0.0)
+    writing = in_thread(lambda: driver.write(b"c", 0, 60))
+    eventually(lambda: num_waiters(driver, SPACE_BELL) == 1)
+    with pytest.raises(BusError, match="two threads write"):
+        driver.write(b"d", 0, 0.0)
+    assert [worker.read(AS_BYTES, 5) for _ in range(3)] == [b"a", b"b", b"c"] and writing()
+    reading = in_thread(lambda: worker.read(AS_BYTES, 60))
+    eventually(lambda: num_waiters(driver, WORKER_BELL) == 1)
+    with pytest.raises(BusError, match="two threads read"):
+        worker.read(AS_BYTES, 0.0)
+    assert driver.write(b"e", 0, 0.0) and reading() == b"e"
+
+
+@pytest.mark.parametrize("who", ["driver", "worker"])
+def test_closing_ends_the_wait_of_another_thread(pair, in_thread, eventually, who):
+    driver, worker = pair
+    join = in_thread(lambda: worker.read(AS_BYTES, 60))
+    eventually(lambda: num_waiters(driver, WORKER_BELL) == 1)
+    (worker if who == "worker" else driver).close()
+    with pytest.raises(BusClosed, match="in this process" if who == "worker" else "the driver closed"):
+        join()
+    assert worker.closed
 
 
 def test_closing_at_any_moment_of_a_wait_is_safe(stack):
@@ -126,6 +156,39 @@ def test_closing_at_any_moment_of_a_wait_is_safe(stack):
         thread.join(10)
         assert not thread.is_alive()
         writer.close()
+
+
+def test_a_decoder_that_closes_the_bus_still_has_its_payload(pair):
+    driver, worker = pair
+    driver.write(b"the last", 0, 0.0)
+
+    def close_and_copy(payload):
+        worker.close()
+        return bytes(payload)
+
+    assert worker.read((close_and_copy,), 1) == b"the last"
+    with pytest.raises(BusClosed):
+        worker.read(AS_BYTES, 1)
+
+
+def test_a_decoder_that_raises_loses_its_record_alone(pair):
+    driver, worker = pair
+    assert driver.write(b"bad", 0, 0.0) and driver.write(b"good", 0, 0.0)
+
+    def refuse(payload):
+        raise ValueError(bytes(payload))
+
+    with pytest.raises(ValueError, match="bad"):
+        worker.read((refuse,), 1)
+    assert worker.read(AS_BYTES, 1) == b"good"
+
+
+def test_a_payload_cannot_be_looked_at_after_its_decoder_has_returned(pair):
+    driver, worker = pair
+    driver.write(b"mine", 0, 0.0)
+    kept = worker.read((lambda payload: payload,), 1)
+    with pytest.raises(ValueError, match="released"):
+        bytes(kept)
 
 
 def test_dropping_the_last_reference_closes(make_ring):

@@ -195,11 +195,11 @@ def test_bytes_that_are_no_message_are_a_protocol_error(stack, garbage):
     segment = _bus.Segment.create(
         num_workers=1, epoch=7, num_slots=4096, slot_bytes=64, reply_num_slots=4096, reply_slot_bytes=64
     )
-    driver = stack.enter_context(DriverChannel(segment, 0.0))
+    driver = stack.enter_context(DriverChannel(segment))
     peer = _bus.Segment.attach(driver.fd, 0)
-    worker = stack.enter_context(WorkerChannel(peer, 0.0))
-    segment.try_write(garbage, 0)
-    peer.try_write(garbage, 0)
+    worker = stack.enter_context(WorkerChannel(peer))
+    segment.write(garbage, 0, 0.0)
+    peer.write(garbage, 0, 0.0)
     with pytest.raises(ProtocolError, match="no message of this version"):
         worker.receive(timeout_s=1)
     with pytest.raises(ProtocolError, match="rank 0"):

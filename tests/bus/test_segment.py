@@ -8,12 +8,19 @@ import pytest
 
 from zmqexec import _bus
 from zmqexec.bus import ring
-from zmqexec.errors import BusError, ProtocolError
+from zmqexec.errors import BusClosed, BusError, ProtocolError
 
 PAGE = ring.PAGE_BYTES
-# magic, layout version, reserved, epoch, total bytes; page bytes, workers, slots, slot bytes, the same of reply rings
-HEADER = struct.Struct("<QIIQQIIIIII")
-RECORD = struct.Struct("<QII")  # position, length, kind
+# magic, layout version, has checksums, epoch, total bytes; page bytes, workers, slots, slot bytes, the same of reply
+# rings; wait policy, driver pid, created, name
+HEADER = struct.Struct("<QIIQQIIIIIIIIQ64s")
+RECORD = struct.Struct("<QQQIIII")  # position, time, cause, length, kind, checksum, reserved
+STATUS_END = 5 * PAGE  # of a bus for two: header, bells, driver, two ranks; then come the cursors
+READ = (lambda payload: (0, bytes(payload)), lambda payload: (1, bytes(payload)))
+
+
+def record(position, length):
+    return RECORD.pack(position, 0, 0, length, 0, 0, 0)
 
 
 @pytest.fixture
@@ -66,6 +73,8 @@ def test_an_unchanged_copy_is_a_bus(segment, stack):
         ({7: 0xFFFFFFFF, 8: 0xFFFFFFC0}, "broadcast ring of 4294967295 slots"),
         ({8: 0}, "slots of 0 bytes"),
         ({10: 32}, "a reply ring of 4 slots of 32 bytes"),
+        ({11: 3}, "settings that no driver writes"),
+        ({14: b"x" * 64}, "settings that no driver writes"),
     ],
 )
 def test_a_strange_header_is_refused(segment, stack, change, message):
@@ -123,40 +132,105 @@ def ring_offset(segment) -> int:
 
 
 @pytest.mark.parametrize(
-    "record",
+    "damaged",
     [
-        RECORD.pack(1, 5, 0),  # not the expected position
-        RECORD.pack(0, 0xFFFFFFFF, 0),  # longer than the ring
-        RECORD.pack(0, PAGE // 16, 0),  # longer than what was published
+        record(1, 5),  # not the expected position
+        record(0, 0xFFFFFFFF),  # longer than the ring
+        record(0, PAGE // 16),  # longer than what was published
         b"\xff" * RECORD.size,
     ],
 )
-def test_garbage_in_a_record_is_an_error_every_time(segment, stack, record):
+def test_garbage_in_a_record_is_an_error_every_time(segment, stack, damaged):
     worker = _bus.Segment.attach(segment.fd, 0)
     stack.callback(worker.close)
-    assert segment.try_write(b"hello", 0)
-    os.pwrite(segment.fd, record, ring_offset(segment))
+    assert segment.write(b"hello", 0, 0.0)
+    os.pwrite(segment.fd, damaged, ring_offset(segment))
     for _ in range(3):
         with pytest.raises(ProtocolError, match="slot 0"):
-            worker.try_read()
+            worker.read(READ, 0.0)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 63, 64, 1000])
+def test_a_damaged_payload_is_found_by_its_checksum_and_counted(stack, length):
+    driver = _bus.Segment.create(
+        num_workers=1, epoch=0, num_slots=16, slot_bytes=PAGE, reply_num_slots=2, reply_slot_bytes=PAGE,
+        has_checksums=True,
+    )  # fmt: skip
+    stack.callback(driver.close)
+    worker = _bus.Segment.attach(driver.fd, 0)
+    stack.callback(worker.close)
+    payload = bytes(range(250)) * 4
+    assert driver.write(payload[:length], 0, 0.0) and worker.read(READ, 0.0) == (0, payload[:length])
+    if length == 0:
+        return
+    assert driver.write(payload[:length], 0, 0.0)
+    begin = os.fstat(driver.fd).st_size - 18 * PAGE + PAGE + RECORD.size
+    last = begin + length - 1
+    os.pwrite(driver.fd, bytes([os.pread(driver.fd, 1, last)[0] ^ 0x10]), last)
+    with pytest.raises(ProtocolError, match="checksum"):
+        worker.read(READ, 0.0)
+    assert driver.statistics()[-1][0][4] == 1
+
+
+def test_the_checksum_is_crc_32c(stack):
+    """The check value of RFC 3720 and of every catalogue of CRCs: 0xE3069283 for the digits 1 to 9."""
+    driver = _bus.Segment.create(
+        num_workers=1, epoch=0, num_slots=2, slot_bytes=PAGE, reply_num_slots=2, reply_slot_bytes=PAGE,
+        has_checksums=True,
+    )  # fmt: skip
+    stack.callback(driver.close)
+    driver.write(b"123456789", 0, 0.0)
+    begin = os.fstat(driver.fd).st_size - 4 * PAGE
+    assert RECORD.unpack(os.pread(driver.fd, RECORD.size, begin))[5] == 0xE3069283
+
+
+def test_a_rank_is_one_process_s(segment, stack):
+    stack.callback(_bus.Segment.attach(segment.fd, 0).close)
+    with pytest.raises(BusError, match=f"rank 0 was taken by process {os.getpid()} already"):
+        _bus.Segment.attach(segment.fd, 0)
+
+
+def test_an_observer_sees_and_cannot_touch(segment, stack, start):
+    worker = _bus.Segment.attach(segment.fd, 0)
+    stack.callback(worker.close)
+    segment.write(b"hello", 0, 0.0)
+    segment.set_gauges((3, 2**64 - 1))
+    worker.read(READ, 0.0)
+    observer = _bus.Segment.observe(segment.fd)
+    published, published_bytes, _, _, _, gauges, _, ranks = observer.statistics()
+    assert (published, published_bytes, gauges[:3], ranks[0][1]) == (1, 5, (3, 2**64 - 1, 0), 1)
+    assert observer.status(0)[0] == os.getpid()
+    for use in (
+        lambda: observer.write(b"a", 0, 0.0),
+        lambda: observer.read(READ, 0.0),
+        lambda: observer.wake(),
+        lambda: observer.set_status(1, 1),
+        lambda: observer.set_gauges((1,)),
+    ):
+        with pytest.raises((BusError, ValueError)):
+            use()
+    observer.close()
+    assert not segment.closed and not worker.closed
+    with pytest.raises(BusClosed):
+        observer.statistics()
 
 
 @pytest.mark.parametrize("tail", [17, 2**63, 2**64 - 1])
 def test_a_tail_beyond_the_ring_is_an_error(segment, stack, tail):
     worker = _bus.Segment.attach(segment.fd, 0)
     stack.callback(worker.close)
-    os.pwrite(segment.fd, struct.pack("<Q", tail), 2 * PAGE + 2 * 512)
+    os.pwrite(segment.fd, struct.pack("<Q", tail), STATUS_END)
     with pytest.raises(ProtocolError, match="the writer claims"):
-        worker.try_read()
+        worker.read(READ, 0.0)
 
 
 @pytest.mark.parametrize("head", [17, 33, 2**64 - 1])
 def test_a_head_ahead_of_the_writer_is_an_error(segment, head):
     for _ in range(16):
-        assert segment.try_write(b"a", 0)
-    os.pwrite(segment.fd, struct.pack("<Q", head), 2 * PAGE + 2 * 512 + 64)
+        assert segment.write(b"a", 0, 0.0)
+    os.pwrite(segment.fd, struct.pack("<Q", head), STATUS_END + 64)
     with pytest.raises(ProtocolError, match="reader 0 claims"):
-        segment.try_write(b"a", 0)
+        segment.write(b"a", 0, 0.0)
 
 
 def test_a_worker_cannot_write_the_broadcast_ring(segment, start):
@@ -179,7 +253,7 @@ def test_a_fork_neither_uses_nor_closes_its_parents_bus(segment, stack):
     if pid == 0:
         code = 1
         try:
-            segment.try_write(b"a", 0)
+            segment.write(b"a", 0, 0.0)
         except BusError:
             segment.close()
             code = 0
@@ -187,4 +261,4 @@ def test_a_fork_neither_uses_nor_closes_its_parents_bus(segment, stack):
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
     assert not worker.closed
-    assert segment.try_write(b"still open", 0) and worker.try_read() == (0, b"still open")
+    assert segment.write(b"still open", 0, 0.0) and worker.read(READ, 0.0) == (0, b"still open")

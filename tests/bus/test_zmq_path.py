@@ -4,11 +4,11 @@ import gc
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from zmqexec import _bus
 from zmqexec.bus import ring, zmq_path
 from zmqexec.bus.link import Inbox, Outbox
 from zmqexec.errors import BusClosed, BusError, BusTimeout, ProtocolError
@@ -21,7 +21,7 @@ class Ends:
         writer, readers = ring.make_ring(16, num_readers)
         self.segments = [writer.segment, *(reader.segment for reader in readers)]
         self.outbox = Outbox(writer.segment)
-        self.inboxes = [Inbox(reader.segment) for reader in readers]
+        self.inboxes = [Inbox(reader.segment, bytes) for reader in readers]
         self.larger = bytes(writer.max_payload_bytes + 1)
 
     def close(self) -> None:
@@ -41,10 +41,6 @@ def make_ends(stack):
     return make
 
 
-def receive(inbox: Inbox, segment: _bus.Segment) -> bytes | None:
-    return ring.wait_until(segment, _bus.WORKER_BELL, inbox.try_receive, 10, 0.0, lambda: inbox.longest_wait_s)
-
-
 def open_fds() -> set[str]:
     return {f"{fd.name} {fd.readlink()}" for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
 
@@ -57,10 +53,7 @@ def threads() -> set[str]:
 def test_large_and_small_payloads_arrive_in_order(make_ends, in_thread, num_readers):
     ends = make_ends(num_readers)
     payloads = [b"%d " % i * (1 if i % 3 else 2000) for i in range(60)]
-    joins = [
-        in_thread(lambda inbox=inbox, segment=segment: [receive(inbox, segment) for _ in payloads])
-        for inbox, segment in zip(ends.inboxes, ends.segments[1:], strict=True)
-    ]
+    joins = [in_thread(lambda inbox=inbox: [inbox.receive(10) for _ in payloads]) for inbox in ends.inboxes]
     for payload in payloads:
         ends.outbox.send(payload, timeout_s=10)
     assert [join() for join in joins] == [payloads] * num_readers
@@ -70,17 +63,14 @@ def test_nothing_of_zeromq_exists_before_it_is_needed(make_ends):
     before = threads()
     ends = make_ends()
     ends.outbox.send(b"small", timeout_s=1)
-    assert ends.inboxes[0].try_receive() == b"small"
+    assert ends.inboxes[0].receive(0.0) == b"small"
     assert threads() <= before
 
 
 def test_closing_leaves_no_thread_and_no_file_descriptor(in_thread):
     def use_and_close():
         ends = Ends(2)
-        joins = [
-            in_thread(lambda inbox=inbox, segment=segment: receive(inbox, segment))
-            for inbox, segment in zip(ends.inboxes, ends.segments[1:], strict=True)
-        ]
+        joins = [in_thread(lambda inbox=inbox: inbox.receive(10)) for inbox in ends.inboxes]
         ends.outbox.send(ends.larger, timeout_s=10)
         assert [join() for join in joins] == [ends.larger] * 2
         ends.close()
@@ -114,7 +104,7 @@ def test_check_ends_the_wait_for_a_reader(make_ends):
 def test_closing_ends_a_send_and_a_receive(make_ends, in_thread, eventually):
     ends = make_ends(2)
     sending = in_thread(lambda: ends.outbox.send(ends.larger, timeout_s=60))
-    receiving = in_thread(lambda: [receive(ends.inboxes[0], ends.segments[1]) for _ in range(2)])
+    receiving = in_thread(lambda: [ends.inboxes[0].receive(10) for _ in range(2)])
     eventually(lambda: ends.segments[0].holding_back(len(ends.larger) - 1) == [1])  # reader 0 has the announcement
     ends.close()
     for join in (sending, receiving):
@@ -129,7 +119,7 @@ def test_a_reader_learns_that_an_announced_payload_will_not_come(make_ends):
     ends.segments[0].close()
     ends.outbox.close()
     with pytest.raises(BusClosed, match="announced"):
-        receive(ends.inboxes[0], ends.segments[1])
+        ends.inboxes[0].receive(10)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +142,9 @@ def test_an_announcement_that_is_none_is_refused(record):
 
 def test_a_record_of_unknown_kind_is_refused(make_ends):
     ends = make_ends()
-    assert ends.segments[0].try_write(b"a", 77)
+    assert ends.segments[0].write(b"a", 77, 0.0)
     with pytest.raises(ProtocolError, match="kind 77"):
-        ends.inboxes[0].try_receive()
+        ends.inboxes[0].receive(0.0)
 
 
 @pytest.mark.parametrize(("number", "num_bytes"), [(1, 5), (0, 6)])
@@ -169,7 +159,7 @@ def test_a_payload_that_was_not_announced_is_refused(stack, eventually, number, 
 
     def refused():
         try:
-            return receiver.try_receive()
+            return receiver.receive(time.monotonic() + 1)
         except ProtocolError:
             return True
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Self, TypeVar
+from typing import Literal, Self, get_args
 
 import msgspec
 
 from zmqexec import _bus
-from zmqexec.bus.cores import default_spin_us
+from zmqexec.bus.cores import usable_cores
 from zmqexec.bus.link import Inbox, Outbox
-from zmqexec.bus.ring import slots_for, wait_until
+from zmqexec.bus.ring import slots_for
 from zmqexec.bus.status import Phase, WorkerStatus
-from zmqexec.errors import BusClosed, ProtocolError
+from zmqexec.errors import BusClosed
 from zmqexec.protocol import ToDriver, ToWorker
 
-T = TypeVar("T")
+WaitPolicy = Literal["latency", "balanced", "eco"]
+WAIT_POLICIES: tuple[str, ...] = get_args(WaitPolicy)
+"""In the order of csrc/bus/ring.h."""
 
 
 class DriverChannel:
@@ -30,17 +32,13 @@ class DriverChannel:
     One thread publishes and one (the same or another) receives; `wake`, `status` and `close` may come from any.
     """
 
-    def __init__(self, segment: _bus.Segment, spin_us: float) -> None:
+    def __init__(self, segment: _bus.Segment) -> None:
         """Takes over `segment`; `create` is the usual way."""
         self._segment = segment
-        self._spin_us = spin_us
-        self._outbox = Outbox(segment, spin_us)
-        self._inboxes = [Inbox(segment, rank) for rank in range(segment.num_workers)]
+        self._outbox = Outbox(segment)
+        self._inbox = Inbox(segment, msgspec.msgpack.Decoder[ToDriver](ToDriver).decode)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[ToDriver] = msgspec.msgpack.Decoder(ToDriver)
         self._buffer = bytearray()
-        self._next_rank = 0
-        self._woken = False
         self.fd = segment.fd
         self.num_workers = segment.num_workers
         self.epoch = segment.epoch
@@ -54,13 +52,17 @@ class DriverChannel:
         ring_bytes: int = 64 << 20,
         slot_bytes: int = 256,
         reply_ring_bytes: int = 4 << 20,
-        spin_us: float | None = None,
+        wait_policy: WaitPolicy = "balanced",
+        has_checksums: bool = False,
+        name: str = "",
     ) -> DriverChannel:
         """A new bus; its memfd `fd` is to be inherited by the workers.
 
         ring_bytes        of the broadcast ring; a larger message travels by ZeroMQ
         reply_ring_bytes  of each worker's ring
-        spin_us           how long a wait spins before it parks; None: as the cores allow
+        wait_policy       how much waits may spin to be woken sooner, on both sides
+        has_checksums     every record carries a CRC-32C of its payload, which its readers check
+        name              what tools show
         """
         segment = _bus.Segment.create(
             num_workers=num_workers,
@@ -69,8 +71,12 @@ class DriverChannel:
             slot_bytes=slot_bytes,
             reply_num_slots=slots_for(reply_ring_bytes, slot_bytes),
             reply_slot_bytes=slot_bytes,
+            wait_policy=WAIT_POLICIES.index(wait_policy),
+            cores=usable_cores(),
+            has_checksums=has_checksums,
+            name=name,
         )
-        return cls(segment, default_spin_us(num_workers + 1) if spin_us is None else spin_us)
+        return cls(segment)
 
     def publish(self, message: ToWorker, timeout_s: float, check: Callable[[], None] | None = None) -> None:
         """Send `message` to all workers, waiting at most `timeout_s` for room.
@@ -84,41 +90,20 @@ class DriverChannel:
 
     def try_receive(self) -> tuple[int, ToDriver] | None:
         """(rank, message) of the next reply, ranks in turn; None while there is none. ProtocolError: no message."""
-        for _ in range(self.num_workers):
-            rank = self._next_rank
-            self._next_rank = (rank + 1) % self.num_workers
-            payload = self._inboxes[rank].try_receive()
-            if payload is not None:
-                return rank, _decode(self._decoder, payload, f"rank {rank}")
-        return None
+        return self.receive(0.0)
 
     def receive(self, timeout_s: float) -> tuple[int, ToDriver] | None:
         """(rank, message) of the next reply; None at the deadline or after `wake`, also a `wake` that came before.
 
         Whoever gets None checks its own conditions and calls again.
         """
-
-        def attempt() -> tuple[int, ToDriver] | bool | None:
-            reply = self.try_receive()
-            if reply is None and self._woken:
-                return False
-            return reply
-
-        reply = wait_until(self._segment, _bus.DRIVER_BELL, attempt, timeout_s, self._spin_us, self._longest_wait_s)
-        if isinstance(reply, tuple):
-            return reply
-        self._woken = False  # before the caller checks its conditions: a later wake will be seen by the next call
-        return None
-
-    def _longest_wait_s(self) -> float:
-        return min(inbox.longest_wait_s for inbox in self._inboxes)
+        reply: tuple[int, ToDriver] | None = self._inbox.receive(timeout_s)
+        return reply
 
     def wake(self) -> None:
-        """Make a waiting `receive` return and a waiting `publish` call its check. From any thread, also when closed."""
-        self._woken = True
+        """Make a waiting `receive` return, or the next that finds no reply. From any thread, also when closed."""
         with contextlib.suppress(BusClosed):  # also by another thread, just now
-            self._segment.ring_bell(_bus.DRIVER_BELL)
-            self._segment.ring_bell(_bus.SPACE_BELL)
+            self._inbox.interrupt()
 
     def status(self, rank: int) -> WorkerStatus:
         """What `rank` is doing, without asking it."""
@@ -129,8 +114,7 @@ class DriverChannel:
         """End every wait, here (BusClosed) and in the workers, which first read what was published. Idempotent."""
         self._segment.close()
         self._outbox.close()
-        for inbox in self._inboxes:
-            inbox.close()
+        self._inbox.close()
 
     def __enter__(self) -> Self:
         return self
@@ -145,24 +129,21 @@ class WorkerChannel:
     One thread receives and one (the same or another) replies; the rest may come from any.
     """
 
-    def __init__(self, segment: _bus.Segment, spin_us: float) -> None:
+    def __init__(self, segment: _bus.Segment) -> None:
         """Takes over `segment`; `attach` is the usual way."""
         self._segment = segment
-        self._spin_us = spin_us
-        self._inbox = Inbox(segment)
-        self._outbox = Outbox(segment, spin_us)
+        self._inbox = Inbox(segment, msgspec.msgpack.Decoder[ToWorker](ToWorker).decode)
+        self._outbox = Outbox(segment)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
         self._buffer = bytearray()
         self.rank = segment.rank
         self.num_workers = segment.num_workers
         self.epoch = segment.epoch
 
     @classmethod
-    def attach(cls, fd: int, rank: int, *, spin_us: float | None = None) -> WorkerChannel:
+    def attach(cls, fd: int, rank: int) -> WorkerChannel:
         """Rank `rank`'s end of the bus in memfd `fd`, which stays the caller's and may be closed afterwards."""
-        segment = _bus.Segment.attach(fd, rank)
-        return cls(segment, default_spin_us(segment.num_workers + 1) if spin_us is None else spin_us)
+        return cls(_bus.Segment.attach(fd, rank, usable_cores()))
 
     @property
     def closed(self) -> bool:
@@ -171,19 +152,12 @@ class WorkerChannel:
 
     def try_receive(self) -> ToWorker | None:
         """The next message, or None while there is none. BusClosed: there will be none. ProtocolError: no message."""
-        payload = self._inbox.try_receive()
-        return None if payload is None else _decode(self._decoder, payload, "the driver")
+        return self.receive(0.0)
 
     def receive(self, timeout_s: float) -> ToWorker | None:
         """The next message; None at the deadline."""
-        return wait_until(
-            self._segment,
-            _bus.WORKER_BELL,
-            self.try_receive,
-            timeout_s,
-            self._spin_us,
-            lambda: self._inbox.longest_wait_s,
-        )
+        message: ToWorker | None = self._inbox.receive(timeout_s)
+        return message
 
     def reply(self, message: ToDriver, timeout_s: float) -> None:
         """Send `message` to the driver, waiting at most `timeout_s` for room. BusTimeout, BusClosed as `publish`."""
@@ -209,10 +183,3 @@ class WorkerChannel:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes, sender: str) -> T:
-    try:
-        return decoder.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"{len(payload)} bytes from {sender} are no message of this version: {error}") from error

@@ -1,4 +1,4 @@
-"""How many cores this process may use: spinning pays only while every process of an engine has a core of its own.
+"""How many cores this process may use: who spins on a core that others need must let them have it.
 
 Runs in: driver | worker.
 """
@@ -9,19 +9,12 @@ import math
 import os
 from pathlib import Path
 
-SPIN_US = 30.0  # about what parking and waking costs
-
 
 def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
     """The cores of the affinity mask, or fewer where a cgroup's CPU quota allows less; at least 1."""
     cores = len(os.sched_getaffinity(0))
     quota = _quota(cgroup_root)
     return cores if quota is None else max(1, min(cores, math.floor(quota)))
-
-
-def default_spin_us(num_processes: int) -> float:
-    """How long a waiter spins before it parks, with `num_processes` processes on the bus."""
-    return SPIN_US if num_processes <= usable_cores() else 0.0
 
 
 def _quota(root: Path) -> float | None:

@@ -1,29 +1,32 @@
-"""One direction of the bus for byte strings of any length: by the ring, or by ZeroMQ what is larger, in one order.
+"""One direction of the bus for messages of any length: by the ring, or by ZeroMQ what is larger, in one order.
 
 Runs in: driver | worker.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
+from typing import Any
+
+import msgspec
 
 from zmqexec import _bus
-from zmqexec.bus.ring import RingReader, RingWriter
+from zmqexec.bus.ring import RingWriter
 from zmqexec.bus.zmq_path import ZmqReceiver, ZmqSender
 from zmqexec.errors import BusClosed, BusError, ProtocolError
 
 IN_RING = 0  # kinds of records
 BY_ZMQ = 1
-ZMQ_POLL_S = 2e-4  # such a payload takes longer than that to copy
+NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not of the type asked for."""
 
 
 class Outbox:
     """The sending end. One sending thread; `close` from any. The segment is closed by its owner, before this."""
 
-    def __init__(self, segment: _bus.Segment, spin_us: float = 0.0) -> None:
-        self._writer = RingWriter(segment, spin_us)
+    def __init__(self, segment: _bus.Segment) -> None:
+        self._writer = RingWriter(segment)
         self._zmq = ZmqSender(segment.num_workers if segment.rank < 0 else 1)
         self._segment = segment
         self._broken = False
@@ -58,43 +61,82 @@ class Outbox:
         self._zmq.close()
 
 
-class Inbox:
-    """The receiving end: the broadcast ring in a worker, rank `index`'s reply ring in the driver.
+class Announced(bytes):
+    """What the ring holds of a payload that comes by ZeroMQ."""
 
-    One receiving thread; `close` from any. The segment is closed by its owner, before this.
+
+class Inbox:
+    """The receiving end: the broadcast ring in a worker, every rank's replies in the driver.
+
+    One receiving thread; `close` and `interrupt` from any. The segment is closed by its owner, before this.
     """
 
-    def __init__(self, segment: _bus.Segment, index: int = 0) -> None:
-        self._reader = RingReader(segment, index)
-        self._zmq = ZmqReceiver(max(segment.rank, 0))
+    def __init__(self, segment: _bus.Segment, decode: Callable[[bytes | memoryview], Any]) -> None:
+        """`decode` turns a payload into a message; what it raises for bytes that are none is in `NO_MESSAGE`."""
         self._segment = segment
+        self._is_driver = segment.rank < 0
+        self._decode = decode
+        self._decoders: _bus.Decoders = (decode, Announced)
+        self._receivers: dict[int, ZmqReceiver] = {}
+        self._pending: int | None = None
+        self._interrupted = False
 
-    @property
-    def longest_wait_s(self) -> float:
-        """How long the bell may be waited for: a payload that comes by ZeroMQ rings none."""
-        return math.inf if self._zmq.pending is None else ZMQ_POLL_S
+    def receive(self, timeout_s: float) -> Any:
+        """The next message, in the driver (rank, message); None at the deadline or for an `interrupt` since the last.
 
-    def try_receive(self) -> bytes | None:
-        """The next payload, or None while there is none.
-
-        BusClosed: there will be none. ProtocolError: the ring holds what no Outbox writes.
+        BusClosed: there will be none. ProtocolError: the ring holds what no Outbox writes, or bytes that are no
+        message, which are gone.
         """
-        if self._zmq.pending is None:
-            record = self._reader.try_read_record()
-            if record is None:
+        if self._pending is not None:
+            return self._fetch(self._pending, timeout_s)
+        begin = time.monotonic() if timeout_s > 0 else 0.0
+        try:
+            received = self._segment.read(self._decoders, timeout_s)
+        except NO_MESSAGE as error:
+            raise self._no_message(self._segment.last_reader, error) from error
+        if received is None:
+            self._interrupted = False  # before the caller checks its conditions: a later one will be seen next time
+            return None
+        rank, message = received if self._is_driver else (0, received)
+        if type(message) is not Announced:
+            return received
+        receiver = self._receivers.get(rank)
+        if receiver is None:
+            receiver = self._receivers[rank] = ZmqReceiver(max(self._segment.rank, 0))
+        receiver.expect(message)
+        self._pending = rank
+        return self._fetch(rank, timeout_s - (time.monotonic() - begin) if timeout_s > 0 else 0.0)
+
+    def interrupt(self) -> None:
+        """Make `receive` return None when it next finds no message. BusClosed: closed."""
+        self._interrupted = True
+        self._segment.wake()
+
+    def _fetch(self, rank: int, timeout_s: float) -> Any:
+        """The announced payload of `rank`, decoded; None at the deadline or for an interrupt: it is still to come."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            closed = self._segment.closed
+            payload = self._receivers[rank].receive(deadline)
+            if payload is not None:
+                break
+            if closed:
+                raise BusClosed("the bus was closed before a payload that it had announced was sent")
+            if self._interrupted or time.monotonic() >= deadline:
+                self._interrupted = False
                 return None
-            kind, payload = record
-            if kind == IN_RING:
-                return payload
-            if kind != BY_ZMQ:
-                raise ProtocolError(f"a record of unknown kind {kind}")
-            self._zmq.expect(payload)
-        closed = self._segment.closed
-        received = self._zmq.try_receive()
-        if received is None and closed:
-            raise BusClosed("the bus was closed before a payload that it had announced was sent")
-        return received
+        self._pending = None
+        try:
+            message = self._decode(payload)
+        except NO_MESSAGE as error:
+            raise self._no_message(rank, error) from error
+        return (rank, message) if self._is_driver else message
+
+    def _no_message(self, rank: int, error: Exception) -> ProtocolError:
+        sender = f"rank {rank}" if self._is_driver else "the driver"
+        return ProtocolError(f"bytes from {sender} are no message of this version: {error}")
 
     def close(self) -> None:
         """Idempotent, from any thread."""
-        self._zmq.close()
+        for receiver in list(self._receivers.values()):
+            receiver.close()

@@ -14,6 +14,7 @@ asks the kernel who connects, and admits this user's processes only (the name, 1
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import struct
@@ -29,7 +30,7 @@ from zmqexec.errors import BusClosed, BusTimeout, ProtocolError
 ENDPOINT_PREFIX = "ipc://@zmqexec-"
 IPC_FILTER_UID = 59  # ZMQ_IPC_FILTER_UID; pyzmq has no name for it
 HEADER = struct.Struct("<QQ")  # number and num_bytes of its announcement, before each payload
-POLL_MS = 10  # how often a sender looks whether it should give up
+POLL_MS = 10  # how often a sender or receiver looks whether it should give up
 
 
 def new_endpoint() -> str:
@@ -172,18 +173,21 @@ class ZmqReceiver:
                 socket.connect(f"{announcement.endpoint}-{self._index}")
         self.pending = announcement
 
-    def try_receive(self) -> bytes | None:
-        """The pending payload, or None before it has come. ProtocolError: it is not what was announced."""
+    def receive(self, deadline: float) -> bytes | None:
+        """The pending payload; None where it has not come by `deadline` (monotonic), or within some milliseconds.
+
+        ProtocolError: it is not what was announced.
+        """
         announcement = self.pending
         if announcement is None:
             return None
         with self._lock:
             if self._closed:
                 raise BusClosed("the bus was closed in this process")
-            try:
-                message = self._sockets[0].recv(zmq.NOBLOCK)
-            except zmq.Again:
+            socket = self._sockets[0]
+            if not socket.poll(max(0, min(POLL_MS, math.ceil((deadline - time.monotonic()) * 1e3)))):
                 return None
+            message = socket.recv(zmq.NOBLOCK)
         if (
             message[: HEADER.size] != HEADER.pack(announcement.number, announcement.num_bytes)
             or len(message) != HEADER.size + announcement.num_bytes

@@ -1,0 +1,45 @@
+/* What the files of the Python module share. */
+#ifndef ZMQEXEC_BUS_SEGMENT_TYPE_H
+#define ZMQEXEC_BUS_SEGMENT_TYPE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "ring.h"
+
+/* Exceptions of zmqexec.errors, and how many forks lie between the interpreter's start and this process. */
+extern PyObject *BusError, *BusClosed, *ProtocolError;
+extern unsigned bus_fork_count;
+
+#define METHOD(function) ((PyCFunction)(void (*)(void))(function))
+
+typedef struct {
+    PyObject_HEAD
+    struct bus_segment bus;
+    int fd;          /* the driver's memfd; -1 elsewhere */
+    int num_inside;  /* calls that use the mapping while the GIL may be elsewhere: the last of them unmaps after close */
+    bool is_reading; /* a thread is inside read, and so on */
+    bool is_writing;
+    _Atomic bool closed;    /* here; read by waits without the GIL */
+    _Atomic bool attention; /* `wake` was called, and no `read` has returned for it */
+    unsigned fork_count;    /* that of the process that opened it */
+    uint32_t next_reader;   /* where the driver's next look at the replies begins */
+    uint64_t cause_ns;      /* when the record was published that was read last */
+    struct bus_pace read_pace;
+    struct bus_pace write_pace;
+} Segment;
+
+extern PyTypeObject bus_segment_type;
+
+/* False, with an exception set, unless the shared memory may be used. */
+bool bus_usable(const Segment *self);
+
+/* segment_status.c */
+PyObject *bus_segment_set_status(Segment *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *bus_segment_set_error(Segment *self, PyObject *text);
+PyObject *bus_segment_set_gauges(Segment *self, PyObject *values);
+PyObject *bus_segment_status(Segment *self, PyObject *rank);
+PyObject *bus_segment_statistics(Segment *self, PyObject *unused);
+PyObject *bus_segment_header(Segment *self, PyObject *unused);
+
+#endif
