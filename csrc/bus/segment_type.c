@@ -351,19 +351,18 @@ static PyObject *decode(Segment *self, PyObject *decoders, const struct bus_reco
         return NULL;
     self->is_reading = true; /* the decoder may run anything, also a garbage collector that closes us */
     PyObject *decoded = PyObject_CallOneArg(PyTuple_GET_ITEM(decoders, record->kind), view);
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    PyObject *released = PyObject_CallMethod(view, "release", NULL);
+    PyObject *type = NULL, *value = NULL, *traceback = NULL;
+    if (decoded == NULL)
+        PyErr_Fetch(&type, &value, &traceback);
+    PyObject *released = PyObject_CallMethodNoArgs(view, bus_release_name);
     self->is_reading = false;
     Py_DECREF(view);
     if (released == NULL)
         Py_CLEAR(decoded);
-    else if (type != NULL)
-        PyErr_Restore(type, value, traceback), type = value = traceback = NULL;
-    Py_XDECREF(released);
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(traceback);
+    else
+        Py_DECREF(released);
+    if (type != NULL)
+        PyErr_Restore(type, value, traceback);
     return decoded;
 }
 
@@ -402,6 +401,16 @@ static enum bus_result take(Segment *self, uint32_t index, PyObject *decoders, P
     return BUS_OK;
 }
 
+/* (rank, decoded); takes over `decoded`. */
+static PyObject *with_rank(uint32_t rank, PyObject *decoded)
+{
+    PyObject *number = PyLong_FromUnsignedLong(rank);
+    PyObject *pair = number == NULL ? NULL : PyTuple_Pack(2, number, decoded);
+    Py_XDECREF(number);
+    Py_DECREF(decoded);
+    return pair;
+}
+
 /* What `read` returns, or NULL with an exception set. */
 static PyObject *read_next(Segment *self, PyObject *decoders, double timeout_s)
 {
@@ -418,7 +427,7 @@ static PyObject *read_next(Segment *self, PyObject *decoders, double timeout_s)
                 continue;
             if (result != BUS_OK || decoded == NULL)
                 return NULL;
-            return is_driver(self) ? Py_BuildValue("(IN)", index, decoded) : decoded;
+            return is_driver(self) ? with_rank(index, decoded) : decoded;
         }
         if (closed)
             return raise_closed_by_driver();

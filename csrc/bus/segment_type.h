@@ -7,8 +7,8 @@
 
 #include "ring.h"
 
-/* Exceptions of zmqexec.errors, and how many forks lie between the interpreter's start and this process. */
-extern PyObject *BusError, *BusClosed, *ProtocolError;
+/* Exceptions of zmqexec.errors; "release"; how many forks lie between the interpreter's start and this process. */
+extern PyObject *BusError, *BusClosed, *ProtocolError, *bus_release_name;
 extern unsigned bus_fork_count;
 
 #define METHOD(function) ((PyCFunction)(void (*)(void))(function))

@@ -29,6 +29,7 @@ class Outbox:
         self._writer = RingWriter(segment)
         self._zmq = ZmqSender(segment.num_workers if segment.rank < 0 else 1)
         self._segment = segment
+        self._max_ring_bytes = segment.max_payload_bytes
         self._broken = False
 
     def send(self, payload: bytes | bytearray, timeout_s: float, check: Callable[[], None] | None = None) -> None:
@@ -40,8 +41,10 @@ class Outbox:
         """
         if self._broken:
             raise BusError("an earlier payload was lost half way, so that the bus cannot go on")
-        if len(payload) <= self._writer.max_payload_bytes:
-            self._writer.write(payload, timeout_s, IN_RING, check)
+        if len(payload) <= self._max_ring_bytes:
+            # The usual case, with nothing between it and the ring.
+            if not self._segment.write(payload, IN_RING, 0.0):
+                self._writer.write(payload, timeout_s, IN_RING, check)
             return
         deadline = time.monotonic() + timeout_s
 
@@ -84,12 +87,13 @@ class Inbox:
     def receive(self, timeout_s: float) -> Any:
         """The next message, in the driver (rank, message); None at the deadline or for an `interrupt` since the last.
 
+        A payload that comes by ZeroMQ may take `timeout_s` once more after it has been announced.
+
         BusClosed: there will be none. ProtocolError: the ring holds what no Outbox writes, or bytes that are no
         message, which are gone.
         """
         if self._pending is not None:
             return self._fetch(self._pending, timeout_s)
-        begin = time.monotonic() if timeout_s > 0 else 0.0
         try:
             received = self._segment.read(self._decoders, timeout_s)
         except NO_MESSAGE as error:
@@ -105,7 +109,7 @@ class Inbox:
             receiver = self._receivers[rank] = ZmqReceiver(max(self._segment.rank, 0))
         receiver.expect(message)
         self._pending = rank
-        return self._fetch(rank, timeout_s - (time.monotonic() - begin) if timeout_s > 0 else 0.0)
+        return self._fetch(rank, timeout_s)
 
     def interrupt(self) -> None:
         """Make `receive` return None when it next finds no message. BusClosed: closed."""
