@@ -50,6 +50,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     start_timeout_s         seconds that starting and loading may take
     num_threads             CPU threads of each worker; default: the usable cores, shared out
     ring_bytes              size of the shared-memory ring that carries steps to the workers
+    wait_policy             how much waiting processes may spin to be woken sooner; eco: not at all
+    bus_checksums           every record on the bus carries a CRC-32C, which its readers check
     """
 
     model: str | None = None
@@ -73,6 +75,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     start_timeout_s: Annotated[float, Meta(gt=0.0, le=86400.0)] = 600.0
     num_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     ring_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 31)] = 64 << 20
+    wait_policy: Literal["latency", "balanced", "eco"] = "balanced"
+    bus_checksums: bool = False
 
     def __post_init__(self) -> None:
         if self.device == "cuda":

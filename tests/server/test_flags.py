@@ -13,7 +13,8 @@ EXAMPLES = {
     "load_format": "dummy", "max_model_len": 99, "max_num_seqs": 3, "max_num_batched_tokens": 512, "block_size": 8,
     "kv_cache_memory_bytes": 1000, "gpu_memory_utilization": 0.5, "enable_prefix_caching": False,
     "enable_chunked_prefill": False, "executor": "multiproc", "run_ahead": 0, "seed": 5, "step_timeout_s": 1.5,
-    "start_timeout_s": 2.0, "num_threads": 2, "ring_bytes": 1 << 20, "host": "::1", "port": 1, "chat_template": "file",
+    "start_timeout_s": 2.0, "num_threads": 2, "ring_bytes": 1 << 20,
+    "wait_policy": "eco", "bus_checksums": True, "host": "::1", "port": 1, "chat_template": "file",
     "served_model_name": "name",
     "shutdown_timeout_s": 0.5, "max_body_bytes": 5000, "max_logprobs": 5, "log_level": "error",
 }  # fmt: skip
@@ -33,7 +34,9 @@ def test_every_setting_is_a_flag(field):
     value = EXAMPLES.get(field)
     assert value is not None, f"give {field} an example here"
     flag = field.replace("_", "-")
-    argv = [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+    argv = (
+        {True: [f"--{flag}"], False: [f"--no-{flag}"]}[value] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    )
     engine, server = parse_flags(argv)
     assert getattr(engine if field in EngineConfig.__struct_fields__ else server, field) == value
 

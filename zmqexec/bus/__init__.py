@@ -7,6 +7,7 @@ Runs in: driver | worker.
     ring.py      records in shared memory
     zmq_path.py  payloads larger than the ring
     status.py    what each rank is doing
+    memory.py    files without a name, to share memory by
     cores.py     how many cores there are to spin on
 
 csrc/bus/PROTOCOL.md describes the shared memory.

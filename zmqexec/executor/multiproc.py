@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from zmqexec import _bus
 from zmqexec.bus.channel import DriverChannel
+from zmqexec.bus.memory import shared_file
 from zmqexec.bus.status import Phase
 from zmqexec.child import PACKAGE_DIR
 from zmqexec.config import EngineConfig
@@ -78,12 +79,18 @@ class MultiprocExecutor:
         """Open the bus and start the workers. What is opened last is closed first: the workers leave with the bus."""
         tp_size = self._config.tensor_parallel_size
         with contextlib.ExitStack() as opened:
-            self._store_fd = os.memfd_create("zmqexec-rendezvous", os.MFD_CLOEXEC)
+            self._store_fd = shared_file("zmqexec-rendezvous")
             opened.callback(os.close, self._store_fd)
             self._group = WorkerGroup(on_death=lambda: self._channel.wake())
             opened.callback(self._group.close)
             self._channel = opened.enter_context(
-                DriverChannel.create(tp_size, epoch=self._epoch, ring_bytes=self._config.ring_bytes)
+                DriverChannel.create(
+                    tp_size,
+                    epoch=self._epoch,
+                    ring_bytes=self._config.ring_bytes,
+                    wait_policy=self._config.wait_policy,
+                    has_checksums=self._config.bus_checksums,
+                )
             )
             for rank in range(tp_size):
                 arguments = {

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import torch.distributed
 
+from zmqexec.bus.memory import shared_file
+
 ROUND_BYTES = 1 << 20
 """Small enough for both halves of a few ranks to stay in the CPU's cache."""
 
@@ -117,7 +119,7 @@ class SharedMemoryCollectives:
         """Tell the peers where our buffer and pipes are, and open theirs."""
         store = dist.FileStore(f"/proc/self/fd/{store_fd}", self.tp_size)
         store.set_timeout(timedelta(seconds=timeout_s))
-        memory = os.memfd_create("zmqexec-collectives", os.MFD_CLOEXEC)
+        memory = shared_file("zmqexec-collectives")
         own_ends = []
         try:
             os.ftruncate(memory, 2 * ROUND_BYTES)
