@@ -42,6 +42,9 @@ bus_flags = ["-std=gnu11", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra"]
 if os.environ.get("ZMQEXEC_WERROR") == "1":
     bus_flags.append("-Werror")
 
+# Its memfd and futex are Linux's. Elsewhere the bus runs over ZeroMQ.
+on_linux = sys.platform == "linux"
+
 setup(
     ext_modules=[
         Extension(
@@ -51,6 +54,8 @@ setup(
             define_macros=[("ZMQEXEC_BUILD_ID", f'"{build_id(BUS_SOURCES + BUS_HEADERS)}"')],
             extra_compile_args=bus_flags,
         )
-    ],
+    ]
+    if on_linux
+    else [],
     cmdclass={"build_ext": BuildExt},
 )

@@ -30,9 +30,9 @@ LAYERS: dict[str, set[str]] = {
     "_entry": set(),
     "demo": set(),
     "bus": BASE | {"_bus"},
-    "executor": BASE | {"bus", "_bus", "child"},
+    "executor": BASE | {"bus", "child"},
     "driver": BASE | MODEL_FILES | {"executor", "demo"},
-    "worker": BASE | MODEL_FILES | {"bus", "_bus", "child"},
+    "worker": BASE | MODEL_FILES | {"bus", "child"},
     "text": BASE | {"model_config"},
     "frontend": BASE | {"text", "outputs"},
     "outputs": set(),
@@ -43,7 +43,7 @@ LAYERS: dict[str, set[str]] = {
 }
 EXCEPTIONS = {
     ("executor/inline.py", "worker"),  # runs the model in the driver's own process, for debugging
-    ("driver/process.py", "_bus"),  # the driver as a process of its own arms the same death watch as a worker
+    ("driver/process.py", "bus"),  # the driver as a process of its own arms the same death watch as a worker
 }
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),

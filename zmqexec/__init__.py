@@ -86,8 +86,11 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'zmqexec' has no attribute {name!r}")
     import importlib
+    import sys
 
     try:
+        if sys.platform != "linux":
+            return getattr(importlib.import_module(_LAZY[name]), name)  # the extension is for Linux
         # Not every module needs it when it is imported, but an engine that cannot start should say so here.
         importlib.import_module("zmqexec._bus")
         return getattr(importlib.import_module(_LAZY[name]), name)

@@ -136,7 +136,7 @@ class AsyncEngine:
             tokenizer = await asyncio.to_thread(load_tokenizer, folder, chat_template)
         self._child = Child("driver", {"endpoint": self._endpoint})
         self._owned.callback(self._child.close)
-        asyncio.get_running_loop().add_reader(self._child.pidfd, self._on_driver_exit)
+        asyncio.get_running_loop().add_reader(self._child.end_fd, self._on_driver_exit)
         self._send(StartEngine(self._config))
         deadline = time.monotonic() + self._config.start_timeout_s
         while self._front is None:
@@ -264,7 +264,7 @@ class AsyncEngine:
     def _on_driver_exit(self) -> None:
         """The driver process has ended. What it sent before is still to be read, and says more than its exit."""
         assert self._child is not None
-        asyncio.get_running_loop().remove_reader(self._child.pidfd)
+        asyncio.get_running_loop().remove_reader(self._child.end_fd)
         asyncio.get_running_loop().call_later(0.1, self._die_of_exit, self._child)
 
     def _die_of_exit(self, child: Child) -> None:
@@ -301,7 +301,7 @@ class AsyncEngine:
             self._receiver.cancel()
         try:
             if self._child is not None:
-                asyncio.get_running_loop().remove_reader(self._child.pidfd)
+                asyncio.get_running_loop().remove_reader(self._child.end_fd)
                 with contextlib.suppress(zmq.ZMQError, TimeoutError):  # it may be gone already
                     await asyncio.wait_for(self._socket.send(self._encoder.encode(StopEngine())), 1.0)
                 await asyncio.to_thread(self._child.wait, STOP_GRACE_S if self.error is None else 0.5)

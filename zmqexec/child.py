@@ -20,12 +20,15 @@ from typing import Any
 from zmqexec.errors import StartupError, describe_exit
 
 PACKAGE_DIR = Path(__file__).resolve().parent
+HAS_PIDFD = hasattr(os, "pidfd_open")
+"""Elsewhere than on Linux a child's end shows at a pipe that only it holds the other end of."""
+
 KILL_WAIT_S = 10.0
 """A killed process that is not gone after this hangs in the kernel (a dead disk, a driver): nobody can wait for it."""
 
 
 class Child:
-    """A process started by us. `pidfd` becomes readable when it ends.
+    """A process started by us. `end_fd` becomes readable when it has ended.
 
     The child holds the read end of our lifeline pipe and a pidfd of us; it exits when either says that we are gone
     (`_bus.arm_death_watch`). It has a process group of its own, so that Ctrl-C in a terminal reaches only us.
@@ -50,6 +53,7 @@ class Child:
         process = None
         try:
             lifeline_end, self._lifeline = os.pipe()
+            own_end, exit_end = (-1, -1) if HAS_PIDFD else os.pipe()
             try:
                 # From 3 on: where our program has closed its standard streams, descriptors of ours may have their
                 # numbers, and would be replaced by those of the child.
@@ -61,21 +65,24 @@ class Child:
                     stdin=subprocess.DEVNULL,
                     stdout=_standard_stream(1) if output_fd is None else output_fd,
                     stderr=_standard_stream(2) if output_fd is None else output_fd,
-                    pass_fds=list(inherited.values()),
+                    pass_fds=[fd for fd in (*inherited.values(), exit_end) if fd >= 0],
                     process_group=0,
                     cwd=None if _real_path(os.curdir) else "/",  # MKL cannot load in a deleted folder
                     env={**(default_env or {}), **os.environ},
                 )
-                self.pidfd = os.pidfd_open(process.pid)
+                self.end_fd = os.pidfd_open(process.pid) if HAS_PIDFD else own_end
             except BaseException:
-                os.close(self._lifeline)
+                for fd in (self._lifeline, own_end):
+                    if fd >= 0:
+                        os.close(fd)
                 if process is not None:
                     process.kill()
                     process.wait(KILL_WAIT_S)
                 raise
             finally:
-                for fd in (lifeline_end, *inherited.values()):
-                    os.close(fd)
+                for fd in (lifeline_end, *inherited.values(), exit_end):
+                    if fd >= 0:
+                        os.close(fd)
         except OSError as error:
             raise StartupError(f"the {role} process cannot be started: {error}") from error
         self._process = process
@@ -105,10 +112,10 @@ class Child:
         """Kill the process if it still runs, reap it, and close our ends. Idempotent."""
         self.kill()
         self.wait(KILL_WAIT_S)
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
+        if self.end_fd >= 0:
+            os.close(self.end_fd)
             os.close(self._lifeline)
-            self.pidfd = -1
+            self.end_fd = -1
 
 
 def _standard_stream(fd: int) -> int | None:

@@ -7,6 +7,7 @@ Runs in: driver | worker.
     ring.py      records in shared memory
     zmq_path.py  payloads larger than the ring
     status.py    what each rank is doing
+    extension.py what every process needs of the C extension, and what stands in for it
     memory.py    files without a name, to share memory by
     cores.py     how many cores there are to spin on
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
     """The cores of the affinity mask, or fewer where a cgroup's CPU quota allows less; at least 1."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup_root)
     return cores if quota is None else max(1, min(cores, math.floor(quota)))
 

@@ -91,8 +91,13 @@ def make_plan(config: EngineConfig) -> Plan:
         dtype="float32" if config.dtype == "auto" else config.dtype,
         device="cpu",
         max_model_len=max_model_len,
-        num_threads=config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel_size),
+        num_threads=config.num_threads or max(1, _num_cores() // config.tensor_parallel_size),
     )
     if config.kv_cache_memory_bytes is not None:
         plan.num_blocks(config.kv_cache_memory_bytes)
     return plan
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from zmqexec import _bus
+from zmqexec.bus.extension import arm_death_watch
 from zmqexec.driver.plan import make_plan
 from zmqexec.driver.step import Driver
 from zmqexec.errors import InternalError, UserError, ZmqexecError
@@ -40,7 +40,7 @@ IDLE_WAIT_MS = 60_000
 def main(arguments: dict[str, Any]) -> None:
     """Serve one front end until it says `StopEngine` or is gone. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _bus.arm_death_watch(arguments["parent_pid"], arguments["lifeline_fd"])
+    arm_death_watch(arguments["parent_pid"], arguments["lifeline_fd"])
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.linger = 1000

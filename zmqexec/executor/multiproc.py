@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from zmqexec import _bus
 from zmqexec.bus.channel import DriverChannel
+from zmqexec.bus.extension import BUILD_ID
 from zmqexec.bus.memory import shared_file
 from zmqexec.bus.status import Phase
 from zmqexec.child import PACKAGE_DIR
@@ -146,7 +146,7 @@ class MultiprocExecutor:
 
     def _check_hello(self, hello: Hello) -> None:
         """A worker must run the very files that the driver runs."""
-        ours = (str(PACKAGE_DIR), __version__, _bus.BUILD_ID)
+        ours = (str(PACKAGE_DIR), __version__, BUILD_ID)
         theirs = (hello.package_dir, hello.version, hello.build_id)
         if ours != theirs:
             raise StartupError(f"worker {hello.rank} runs other files: {theirs}, the driver runs {ours}")

@@ -77,12 +77,10 @@ class WorkerGroup:
         self.workers: list[Worker] = []
         self._on_death = on_death
         with contextlib.ExitStack() as opened:
-            self.death_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            opened.callback(os.close, self.death_fd)
-            self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            opened.callback(os.close, self._stop_fd)
+            self.death_fd, self._death_end = _pipe(opened)
+            stop_fd, self._stop_end = _pipe(opened)
             self._selector = opened.enter_context(selectors.DefaultSelector())
-            self._selector.register(self._stop_fd, selectors.EVENT_READ)
+            self._selector.register(stop_fd, selectors.EVENT_READ)
             self._opened = opened.pop_all()
         self._thread = threading.Thread(target=self._watch, name="zmqexec-watcher", daemon=True)
         self._is_closed = False
@@ -100,7 +98,7 @@ class WorkerGroup:
         worker = Worker(rank, child, output_fd)
         self.workers.append(worker)
         self._selector.register(output_fd, selectors.EVENT_READ, worker)
-        self._selector.register(child.pidfd, selectors.EVENT_READ, worker)
+        self._selector.register(child.end_fd, selectors.EVENT_READ, worker)
 
     def watch(self) -> None:
         """Begin forwarding and watching."""
@@ -136,7 +134,7 @@ class WorkerGroup:
             if not worker.is_casualty and other.child.exit_code() is None:
                 other.is_casualty = True
                 other.child.kill()
-        os.eventfd_write(self.death_fd, 1)
+        os.write(self._death_end, b"\0")
         self._on_death()
 
     def close(self, grace_s: float = EXIT_GRACE_S) -> None:
@@ -156,10 +154,18 @@ class WorkerGroup:
         for worker in self.workers:
             if not worker.child.wait(max(0.0, deadline - time.monotonic())):
                 worker.child.kill()
-        os.eventfd_write(self._stop_fd, 1)
+        os.write(self._stop_end, b"\0")
         if self._thread.is_alive():
             self._thread.join(timeout=5.0)
         for worker in self.workers:
             worker.child.close()
             os.close(worker.output_fd)
         self._opened.close()
+
+
+def _pipe(opened: contextlib.ExitStack) -> tuple[int, int]:
+    """(reading end, writing end) of a pipe that `opened` closes. It is written a few bytes at most."""
+    ends = os.pipe()
+    for end in ends:
+        opened.callback(os.close, end)
+    return ends

@@ -13,8 +13,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from zmqexec import _bus
 from zmqexec.bus.channel import WorkerChannel
+from zmqexec.bus.extension import BUILD_ID, arm_death_watch
 from zmqexec.bus.status import Phase
 from zmqexec.child import PACKAGE_DIR
 from zmqexec.errors import BusClosed, InternalError, UserError
@@ -46,7 +46,7 @@ PROGRESS_STEPS = 50
 def main(arguments: dict[str, Any]) -> None:
     """Run one rank. Never returns: the process ends here, without waiting for threads of libraries."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _bus.arm_death_watch(arguments["parent_pid"], arguments["lifeline_fd"])
+    arm_death_watch(arguments["parent_pid"], arguments["lifeline_fd"])
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     channel = WorkerChannel.attach(arguments["bus_fd"], arguments["rank"])
@@ -86,7 +86,7 @@ class Worker:
         return 0
 
     def _serve(self) -> None:
-        hello = Hello(self._epoch, self._rank, os.getpid(), str(PACKAGE_DIR), __version__, _bus.BUILD_ID)
+        hello = Hello(self._epoch, self._rank, os.getpid(), str(PACKAGE_DIR), __version__, BUILD_ID)
         self._channel.reply(hello, REPLY_TIMEOUT_S)
         while True:
             self._set_phase(Phase.IDLE)

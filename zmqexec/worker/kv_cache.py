@@ -5,6 +5,7 @@ Runs in: worker.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -51,7 +52,10 @@ def cpu_cache_bytes(config: EngineConfig, model: ModelConfig, max_model_len: int
 
 def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory that can be had without swapping, within the limits of the cgroups (version 2) this process is in."""
-    available = _meminfo_available(proc / "meminfo")
+    meminfo = proc / "meminfo"
+    if not meminfo.exists():  # not Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    available = _meminfo_available(meminfo)
     for group in _own_cgroups(proc / "self" / "cgroup", cgroup):
         limit, used = _read_number(group / "memory.max"), _read_number(group / "memory.current")
         if limit is not None and used is not None:
