@@ -15,6 +15,7 @@ sequence has a **slot**, a small integer that names it in messages. A **rank** i
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from zmqexec.config import EngineConfig, SamplingParams
@@ -86,7 +87,6 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'zmqexec' has no attribute {name!r}")
     import importlib
-    import sys
 
     try:
         if sys.platform != "linux":

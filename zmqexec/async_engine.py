@@ -3,7 +3,7 @@
 Runs in: server.
 
 The front end (text, validation) runs in the caller's event loop, the scheduler in the driver process, so that neither
-waits for the other's GIL. They talk over one ZeroMQ PAIR connection; `bus/zmq_path.py` says why its name is abstract.
+waits for the other's GIL. They talk over one ZeroMQ PAIR connection; `bus/zmq_endpoints.py` says where.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from zmqexec.bus.zmq_path import IPC_FILTER_UID, new_endpoint
+from zmqexec.bus.zmq_endpoints import CONTROL, bind, make_place
 from zmqexec.child import Child
 from zmqexec.config import EngineConfig, SamplingParams, parse_config
 from zmqexec.demo import CHECKPOINT as DEMO_CHECKPOINT
@@ -82,18 +82,19 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._endpoint = new_endpoint()
+        self._place = make_place(None, None, 1)
+        self._endpoint = self._place.endpoint(0, CONTROL)
         context = zmq.asyncio.Context()
         self._socket = context.socket(zmq.PAIR)
         self._owned = contextlib.ExitStack()
+        self._owned.callback(self._place.close)
         self._owned.callback(context.destroy, linger=0)
         self._owned.callback(self._socket.close)
         # For an engine that nobody closed: its context would wait for its socket for ever, at the latest at exit.
         self._release = weakref.finalize(self, _release, self._owned, os.getpid())
         self._socket.linger = 0
         self._socket.sndhwm = self._socket.rcvhwm = 0
-        self._socket.setsockopt(IPC_FILTER_UID, os.getuid())
-        self._socket.bind(self._endpoint)
+        bind(self._socket, self._endpoint, 0, None)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._config = config

@@ -49,6 +49,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     step_timeout_s          seconds without a reply after which a worker counts as stalled
     start_timeout_s         seconds that starting and loading may take
     num_threads             CPU threads of each worker; default: the usable cores, shared out
+    transport               how steps travel: ring (shared memory), zmq, or auto: zmq where the system grants no memory
     ring_bytes              size of the shared-memory ring that carries steps to the workers
     wait_policy             how much waiting processes may spin to be woken sooner; eco: not at all
     bus_checksums           every record on the bus carries a CRC-32C, which its readers check
@@ -74,6 +75,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     step_timeout_s: Annotated[float, Meta(gt=0.0, le=86400.0)] = 120.0
     start_timeout_s: Annotated[float, Meta(gt=0.0, le=86400.0)] = 600.0
     num_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    transport: Literal["auto", "ring", "zmq"] = "auto"
     ring_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 31)] = 64 << 20
     wait_policy: Literal["latency", "balanced", "eco"] = "balanced"
     bus_checksums: bool = False

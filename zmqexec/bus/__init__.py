@@ -2,6 +2,7 @@
 
 Runs in: driver | worker.
 
+    transport.py chooses between the two below
     channel.py   typed messages: DriverChannel, WorkerChannel      <- what the rest of the package uses
     link.py      bytes of any length, in order, one direction
     ring.py      records in shared memory

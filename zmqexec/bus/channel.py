@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import msgspec
 
@@ -103,6 +103,10 @@ class DriverChannel:
         """Make a waiting `receive` return, or the next that finds no reply. From any thread, also when closed."""
         with contextlib.suppress(BusClosed):  # also by another thread, just now
             self._inbox.interrupt()
+
+    def attachment(self, rank: int) -> tuple[dict[str, Any], dict[str, int]]:
+        """What a worker needs to attach: arguments, and file descriptors to inherit."""
+        return {}, {"bus_fd": self.fd}
 
     def status(self, rank: int) -> WorkerStatus:
         """What `rank` is doing, without asking it."""

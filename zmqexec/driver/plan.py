@@ -69,6 +69,12 @@ def make_plan(config: EngineConfig) -> Plan:
     model_dir = DEMO_CHECKPOINT if config.model is None else Path(config.model).expanduser().absolute()
     model = load_model_config(model_dir)
     check_tensor_parallel(model, config.tensor_parallel_size)
+    if config.tensor_parallel_size > 1 and not Path("/proc/self/fd").exists():
+        raise ConfigError(
+            f"tensor_parallel_size={config.tensor_parallel_size}: on this platform ranks cannot exchange their partial "
+            "sums, for it has no /proc/PID/fd; use tensor_parallel_size=1",
+            "tensor_parallel_size",
+        )
     if config.load_format == "auto":
         Checkpoint(model_dir).check(model)
     max_model_len = config.max_model_len or model.max_position_embeddings

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from zmqexec.bus.channel import DriverChannel
 from zmqexec.bus.extension import BUILD_ID
 from zmqexec.bus.memory import shared_file
 from zmqexec.bus.status import Phase
+from zmqexec.bus.transport import open_driver_channel
 from zmqexec.child import PACKAGE_DIR
 from zmqexec.config import EngineConfig
 from zmqexec.errors import (
@@ -83,15 +83,15 @@ class MultiprocExecutor:
             opened.callback(os.close, self._store_fd)
             self._group = WorkerGroup(on_death=lambda: self._channel.wake())
             opened.callback(self._group.close)
-            self._channel = opened.enter_context(
-                DriverChannel.create(
-                    tp_size,
-                    epoch=self._epoch,
-                    ring_bytes=self._config.ring_bytes,
-                    wait_policy=self._config.wait_policy,
-                    has_checksums=self._config.bus_checksums,
-                )
+            self._channel = open_driver_channel(
+                tp_size,
+                epoch=self._epoch,
+                transport=self._config.transport,
+                ring_bytes=self._config.ring_bytes,
+                wait_policy=self._config.wait_policy,
+                has_checksums=self._config.bus_checksums,
             )
+            opened.callback(self._channel.close)
             for rank in range(tp_size):
                 arguments = {
                     "rank": rank,
@@ -100,7 +100,8 @@ class MultiprocExecutor:
                     "join_timeout_s": self._config.start_timeout_s,
                     "collective_timeout_s": self._config.step_timeout_s,
                 }
-                self._group.spawn(rank, arguments, {"bus_fd": self._channel.fd, "store_fd": self._store_fd})
+                bus_arguments, bus_fds = self._channel.attachment(rank)
+                self._group.spawn(rank, arguments | bus_arguments, {**bus_fds, "store_fd": self._store_fd})
             self._group.watch()
             self._opened = opened.pop_all()
 

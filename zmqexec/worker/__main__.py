@@ -13,9 +13,9 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from zmqexec.bus.channel import WorkerChannel
 from zmqexec.bus.extension import BUILD_ID, arm_death_watch
 from zmqexec.bus.status import Phase
+from zmqexec.bus.transport import WorkerEnd, open_worker_channel
 from zmqexec.child import PACKAGE_DIR
 from zmqexec.errors import BusClosed, InternalError, UserError
 from zmqexec.protocol import (
@@ -49,8 +49,9 @@ def main(arguments: dict[str, Any]) -> None:
     arm_death_watch(arguments["parent_pid"], arguments["lifeline_fd"])
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    channel = WorkerChannel.attach(arguments["bus_fd"], arguments["rank"])
-    os.close(arguments["bus_fd"])  # the mapping stays
+    channel = open_worker_channel(arguments, arguments["rank"], arguments["join_timeout_s"])
+    if "bus_fd" in arguments:
+        os.close(arguments["bus_fd"])  # the mapping stays
     exit_code = Worker(channel, arguments).run()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -60,7 +61,7 @@ def main(arguments: dict[str, Any]) -> None:
 class Worker:
     """One rank: the worker's end of the bus, and the model once it is loaded."""
 
-    def __init__(self, channel: WorkerChannel, arguments: dict[str, Any]) -> None:
+    def __init__(self, channel: WorkerEnd, arguments: dict[str, Any]) -> None:
         self._channel = channel
         self._arguments = arguments
         self._rank: int = arguments["rank"]

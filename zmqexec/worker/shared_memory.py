@@ -122,7 +122,13 @@ class SharedMemoryCollectives:
         memory = shared_file("zmqexec-collectives")
         own_ends = []
         try:
-            os.ftruncate(memory, 2 * ROUND_BYTES)
+            try:
+                os.ftruncate(memory, 2 * ROUND_BYTES)
+            except OSError as error:
+                raise RuntimeError(
+                    f"the ranks cannot share {2 * ROUND_BYTES} bytes of memory to exchange their partial sums: "
+                    f"{error.strerror}; raise the limit of file sizes (ulimit -f) or use tensor_parallel_size=1"
+                ) from error
             for peer in self._peers:
                 self._inboxes[peer], own_end = os.pipe()
                 own_ends.append(own_end)
