@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #define MAX_TIMEOUT_S 1e8 /* some three years; keeps deadlines far from overflow */
+#define NO_TIMEOUT "timeout_s must be a number up to 1e8"
 
 static bool is_driver(const Segment *self)
 {
@@ -225,7 +226,7 @@ static bool has_record(const void *of)
 static bool deadline_of(double timeout_s, uint64_t *deadline_ns)
 {
     if (isnan(timeout_s) || timeout_s > MAX_TIMEOUT_S) {
-        PyErr_SetString(PyExc_ValueError, "timeout_s must be a number up to 1e8");
+        PyErr_SetString(PyExc_ValueError, NO_TIMEOUT);
         return false;
     }
     *deadline_ns = bus_now_ns() + (uint64_t)(timeout_s * 1e9);
@@ -315,8 +316,12 @@ static PyObject *segment_write(Segment *self, PyObject *const *args, Py_ssize_t 
     const double timeout_s = PyFloat_AsDouble(args[2]);
     if (PyErr_Occurred() || !has_rings(self))
         return NULL;
-    if (kind > UINT32_MAX) {
-        PyErr_SetString(PyExc_OverflowError, "a record's kind has 32 bits");
+    if (kind >= BUS_PAD) {
+        PyErr_Format(PyExc_OverflowError, "a record's kind is less than %u", BUS_PAD);
+        return NULL;
+    }
+    if (isnan(timeout_s)) {
+        PyErr_SetString(PyExc_ValueError, NO_TIMEOUT);
         return NULL;
     }
     if (self->is_writing) {
@@ -455,7 +460,7 @@ static PyObject *segment_read(Segment *self, PyObject *const *args, Py_ssize_t n
     if (PyErr_Occurred() || !has_rings(self))
         return NULL;
     if (isnan(timeout_s)) {
-        PyErr_SetString(PyExc_ValueError, "timeout_s must be a number up to 1e8");
+        PyErr_SetString(PyExc_ValueError, NO_TIMEOUT);
         return NULL;
     }
     if (self->is_reading) {

@@ -60,8 +60,12 @@ def test_a_wait_ends_at_its_deadline(make_pair, policy):
 
 @pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), 1e9])
 def test_a_wait_without_a_deadline_is_refused(pair, timeout_s):
+    driver, worker = pair
     with pytest.raises(ValueError, match="timeout_s"):
-        pair[1].read(AS_BYTES, timeout_s)
+        worker.read(AS_BYTES, timeout_s)
+    assert driver.write(b"a", 0, 0.0) and driver.write(b"b", 0, 0.0)
+    with pytest.raises(ValueError, match="timeout_s"):
+        driver.write(b"c", 0, timeout_s)
 
 
 @pytest.mark.parametrize("cores", [0, 64], ids=["crowded", "a core each"])

@@ -40,6 +40,13 @@ def test_a_record_keeps_its_kind(make_ring):
     assert [reader.try_read_record(), reader.try_read_record()] == [(1, b"a"), (0, b"b")]
 
 
+@pytest.mark.parametrize("kind", [2**32 - 1, 2**32, -1])
+def test_a_kind_that_pads_have_or_that_does_not_fit_is_refused(make_ring, kind):
+    writer, _ = make_ring(num_slots=2, num_readers=1)
+    with pytest.raises(OverflowError):
+        writer.try_write(b"a", kind)
+
+
 def test_a_record_may_fill_the_whole_ring_from_any_slot(make_ring):
     writer, (reader,) = make_ring(num_slots=3, num_readers=1)
     full = bytes(range(256)) * (writer.max_payload_bytes // 256 + 1)
