@@ -44,6 +44,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 WARNING = "steps travel by ZeroMQ"
 
 
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    """Where an engine that is killed may leave a socket, on a platform without abstract ones."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 def run(*command: str, where: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     if where is not None:
         env["PYTHONPATH"] = str(VICTIMS / where)
