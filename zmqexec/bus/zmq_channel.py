@@ -11,9 +11,9 @@ Threads: libzmq's two, and one that owns the control connections. A wait sleeps 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -21,12 +21,13 @@ import msgspec
 import zmq
 
 from zmqexec.bus.status import WorkerStatus
+from zmqexec.bus.zmq_codec import check_size, decode
 from zmqexec.bus.zmq_driver_end import DriverEnd
+from zmqexec.bus.zmq_endpoints import DEFAULT_LINGER_S, DEFAULT_LOST_AFTER_S
 from zmqexec.bus.zmq_frames import DATA, HEADER_BYTES, seal
 from zmqexec.bus.zmq_keys import DriverKeys
 from zmqexec.bus.zmq_lane import LaneSender, Window, shareable
 from zmqexec.bus.zmq_wake import Gate, deadline_after, leave_in, poll_ms, take_turn
-from zmqexec.bus.zmq_worker_channel import DEFAULT_LINGER_S, DEFAULT_LOST_AFTER_S, check_size, decode
 from zmqexec.errors import BusError, BusTimeout, ConfigError
 from zmqexec.protocol import ToDriver, ToWorker
 
@@ -51,6 +52,7 @@ class ZmqDriverChannel:
         self._max_message_bytes = max_message_bytes
         self._is_remote = is_remote
         self._gate = Gate(end.wake, lambda: leave_in(end.tear_down, end.service.is_own_thread))
+        weakref.finalize(self, self._gate.close)  # also at exit, while the service thread can still run
         self._publishing = threading.RLock()
         self._receiving = threading.RLock()
         self._encoder = msgspec.msgpack.Encoder()
@@ -276,7 +278,3 @@ class ZmqDriverChannel:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # `__init__` was not reached
-            self.close()

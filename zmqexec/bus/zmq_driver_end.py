@@ -18,6 +18,7 @@ from zmqexec.bus.zmq_endpoints import (
     NAMES,
     UP,
     bind,
+    check_descriptors,
     destroy,
     lane_name,
     make_place,
@@ -62,6 +63,7 @@ class DriverEnd:
         self._lost_after_s = None if listen is None else lost_after_s
         with contextlib.ExitStack() as opened:
             opened.callback(self._place.close)
+            check_descriptors(num_workers)
             self._context: Context = zmq.Context()
             self._lanes: list[tuple[Socket, Socket]] = []
             opened.callback(self._close_lanes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -24,16 +25,20 @@ import zmq
 from zmqexec.bus.zmq_keys import DriverKeys, WorkerKeys, check_curve, check_key
 from zmqexec.bus.zmq_lane import Context, Socket
 from zmqexec.bus.zmq_path import IPC_FILTER_UID, new_endpoint
-from zmqexec.errors import ConfigError
+from zmqexec.errors import BusError, ConfigError
 
 CONTROL, DOWN, UP = range(3)
 NAMES = ("control", "down", "up")
 MAX_WORKERS = 64
 MAX_CONTROL_BYTES = 64 << 10
+DEFAULT_LOST_AFTER_S = 5.0
+DEFAULT_LINGER_S = 1.0
 WIRE_SLACK = 256  # what CURVE and ZMTP add to a message
 HANDSHAKE_S = 5.0
 """Whoever connects and does not say who he is within this is disconnected."""
 
+DESCRIPTORS = 20  # context, pipes, key check
+DESCRIPTORS_PER_RANK = 15  # three sockets with listener, connection and, over TCP, both ends of a monitor
 LANE_RECONNECT_MS = 3_600_000
 
 PATH_LIMIT = 107 if sys.platform == "linux" else 103  # of a Unix socket's name, without the final zero
@@ -140,6 +145,21 @@ def lane_name(address: str) -> str:
 def lane_endpoint(control: str, lane: str) -> str:
     """The address of a lane that was named by `lane_name`, for a worker that reached the driver at `control`."""
     return control.rpartition(":")[0] + lane if lane.startswith(":") else lane
+
+
+def check_descriptors(num_ranks: int) -> None:
+    """BusError: this process may not open enough files. libzmq would abort it at some of them."""
+    needed = DESCRIPTORS + num_ranks * DESCRIPTORS_PER_RANK
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    try:
+        num_open = sum(1 for _ in Path("/dev/fd").iterdir())
+    except OSError:  # not even one more
+        num_open = limit
+    if limit != resource.RLIM_INFINITY and num_open + needed > limit:
+        raise BusError(
+            f"the bus needs up to {needed} file descriptors, this process has {num_open} open and may have {limit}: "
+            "raise the limit (ulimit -n)"
+        )
 
 
 def open_socket(

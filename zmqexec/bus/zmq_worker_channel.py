@@ -5,41 +5,29 @@ Runs in: worker.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
+import weakref
 from time import monotonic_ns
-from typing import Self, TypeVar
+from typing import Self
 
 import msgspec
 import zmq
 
-from zmqexec.bus import zmq_control as control
 from zmqexec.bus.status import Phase
+from zmqexec.bus.zmq_codec import check_size, decode
 from zmqexec.bus.zmq_endpoints import (
-    CONTROL,
-    DOWN,
-    MAX_CONTROL_BYTES,
-    NAMES,
-    UP,
-    connect,
-    destroy,
-    lane_endpoint,
-    open_socket,
+    DEFAULT_LINGER_S,
+    DEFAULT_LOST_AFTER_S,
     parse_tcp,
 )
 from zmqexec.bus.zmq_frames import DATA, HEADER_BYTES, seal
 from zmqexec.bus.zmq_keys import WorkerKeys, check_curve
-from zmqexec.bus.zmq_lane import Context, Counters, LaneReceiver, LaneSender, Socket, Window
-from zmqexec.bus.zmq_wake import Gate, WakePipe, deadline_after, leave_in, poll_ms, take_turn
-from zmqexec.bus.zmq_worker_service import ERROR_BYTES, WorkerService, WorkerState, join
-from zmqexec.errors import BusClosed, BusTimeout, ConfigError, ProtocolError
+from zmqexec.bus.zmq_wake import Gate, deadline_after, leave_in, poll_ms, take_turn
+from zmqexec.bus.zmq_worker_end import WorkerEnd
+from zmqexec.bus.zmq_worker_service import ERROR_BYTES
+from zmqexec.errors import BusClosed, BusTimeout, ConfigError
 from zmqexec.protocol import ToDriver, ToWorker
-
-DEFAULT_LOST_AFTER_S = 5.0
-DEFAULT_LINGER_S = 1.0
-
-T = TypeVar("T")
 
 
 class ZmqWorkerChannel:
@@ -48,11 +36,12 @@ class ZmqWorkerChannel:
     One thread receives and one (the same or another) replies; the rest may come from any.
     """
 
-    def __init__(self, end: _End, rank: int) -> None:
+    def __init__(self, end: WorkerEnd, rank: int) -> None:
         """Takes over `end`; `connect` is the usual way."""
         self._end = end
         self._state = end.state
         self._gate = Gate(end.wake, lambda: leave_in(end.tear_down, end.service.is_own_thread))
+        weakref.finalize(self, self._gate.close)  # also at exit, while the service thread can still run
         self._receiving = threading.RLock()
         self._replying = threading.RLock()
         self._encoder = msgspec.msgpack.Encoder()
@@ -104,7 +93,7 @@ class ZmqWorkerChannel:
         if not (lost_after_s > 0 and linger_s >= 0):
             raise ConfigError(f"{lost_after_s=} must be positive and {linger_s=} not negative")
         deadline = deadline_after(timeout_s)
-        return cls(_End(endpoint, rank, keys, deadline, lost_after_s if is_remote else None, linger_s), rank)
+        return cls(WorkerEnd(endpoint, rank, keys, deadline, lost_after_s if is_remote else None, linger_s), rank)
 
     @property
     def closed(self) -> bool:
@@ -112,7 +101,7 @@ class ZmqWorkerChannel:
 
         What was published before can still be received.
         """
-        return self._gate.closed or bool(self._end.state.closed)
+        return self._gate.closed or bool(self._end.why_closed)
 
     def try_receive(self) -> ToWorker | None:
         """The next message, or None while there is none. BusClosed: there will be none. ProtocolError: no message."""
@@ -125,7 +114,7 @@ class ZmqWorkerChannel:
                 if payload is not None:
                     return decode(self._decoder, payload, "the driver")
                 if self._end.inbox.closed:
-                    raise BusClosed("the driver closed the bus")
+                    raise BusClosed(self._end.why_closed)
                 if ended:
                     raise BusClosed(ended)
             finally:
@@ -165,7 +154,7 @@ class ZmqWorkerChannel:
                 self._wait_for_room(num_bytes, timeout_s, deadline)
                 seal(self._buffer, DATA, self.epoch, self._sequence)
                 if not self._end.outbox.send(self._buffer, num_bytes):
-                    raise BusClosed(self._end.state.closed or "the connection to the driver ended")
+                    raise BusClosed(self._end.why_closed or "the connection to the driver ended")
                 self._sequence += 1
             finally:
                 self._replying.release()
@@ -174,8 +163,8 @@ class ZmqWorkerChannel:
         end = self._end
         while True:
             self._gate.check()
-            if end.state.closed:
-                raise BusClosed(end.state.closed)
+            if end.why_closed:
+                raise BusClosed(end.why_closed)
             if end.outbox.has_room():
                 return
             if time.monotonic() >= deadline:
@@ -222,90 +211,3 @@ class ZmqWorkerChannel:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # `__init__` was not reached
-            self.close()
-
-
-class _End:
-    """The worker's sockets and who uses them. Knows no channel, so that a forgotten channel can close it."""
-
-    def __init__(
-        self,
-        endpoint: str,
-        rank: int,
-        keys: WorkerKeys | None,
-        deadline: float,
-        lost_after_s: float | None,
-        linger_s: float,
-    ) -> None:
-        self.counters = (Counters(), Counters())  # of the receiving and the replying thread
-        self.state = WorkerState()
-        with contextlib.ExitStack() as opened:
-            context: Context = zmq.Context()
-            lanes: list[Socket] = []
-
-            def close_all() -> None:
-                # Credits need not arrive, and where a connection has ended nothing can.
-                lingers = (0.0, 0.0 if self.state.closed else linger_s)
-                destroy(context, list(zip(lanes, lingers, strict=False)))
-
-            opened.callback(close_all)
-            early = opened.enter_context(contextlib.ExitStack())  # what the service closes once it is there
-            control_socket = open_socket(context, CONTROL, 64, MAX_CONTROL_BYTES, lost_after_s)
-            early.callback(control_socket.close)
-            monitors = [control.Monitor(context, control_socket, NAMES[CONTROL])]
-            early.callback(monitors[0].close)
-            connect(control_socket, endpoint, keys)
-            self.welcome = welcome = join(control_socket, monitors[0], endpoint, rank, deadline)
-            window = Window(welcome.window_messages, welcome.window_bytes)
-            limit = HEADER_BYTES + welcome.max_message_bytes
-            for kind, lane in ((DOWN, welcome.down), (UP, welcome.up)):
-                socket = open_socket(context, kind, window.high_water_mark, limit, None)
-                lanes.append(socket)
-                monitors.append(control.Monitor(context, socket, NAMES[kind]))
-                early.callback(monitors[-1].close)
-                connect(socket, lane_endpoint(endpoint, lane), keys)
-            down, up = lanes
-            self.inbox = LaneReceiver(down, "the driver", welcome.epoch, window, self.counters[0])
-            self.outbox = LaneSender(up, "the driver", welcome.epoch, window, self.counters[1], joined=True)
-            self.inbox.join()
-            self.message_wake, self.space_wake = WakePipe(), WakePipe()
-            opened.callback(self.message_wake.close)
-            opened.callback(self.space_wake.close)
-            if lost_after_s is None:
-                note = "the connection to the driver ended"
-            else:
-                note = f"the connection to the driver ended, or it was not heard of for {lost_after_s:g} s"
-            self.service = WorkerService(control_socket, monitors, self.state, note, self.wake, linger_s)
-            early.pop_all()
-            opened.callback(self.service.stop)
-            self._opened = opened.pop_all()
-
-    def wake(self) -> None:
-        """End the waits of both threads."""
-        self.message_wake.ring()
-        self.space_wake.ring()
-
-    def tear_down(self) -> None:
-        """Close everything, when nobody uses it any more."""
-        self._opened.close()
-
-
-def check_size(num_bytes: int, max_message_bytes: int) -> None:
-    """ConfigError: such a message would be refused where it arrives."""
-    if num_bytes > max_message_bytes:
-        raise ConfigError(
-            f"a message of {num_bytes} bytes exceeds max_message_bytes={max_message_bytes}: raise that setting, which "
-            "both ends take from the driver",
-            "max_message_bytes",
-        )
-
-
-def decode(decoder: msgspec.msgpack.Decoder[T], payload: memoryview, sender: str) -> T:
-    """The message in `payload`. ProtocolError: none of this version."""
-    try:
-        return decoder.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"{len(payload)} bytes from {sender} are no message of this version: {error}") from error
