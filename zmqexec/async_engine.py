@@ -3,7 +3,7 @@
 Runs in: server.
 
 The front end (text, validation) runs in the caller's event loop, the scheduler in the driver process, so that neither
-waits for the other's GIL. They talk over one ZeroMQ PAIR connection; `bus/zmq_endpoints.py` says where.
+waits for the other's GIL. They talk over one ZeroMQ PAIR connection; `bus/endpoints.py` says where.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from zmqexec.bus.zmq_endpoints import CONTROL, bind, make_place
+from zmqexec.bus.zeromq.endpoints import CONTROL, bind, make_place
 from zmqexec.child import Child
 from zmqexec.config import EngineConfig, SamplingParams, parse_config
 from zmqexec.demo import CHECKPOINT as DEMO_CHECKPOINT

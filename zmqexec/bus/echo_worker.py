@@ -20,8 +20,8 @@ from typing import NamedTuple
 import msgspec
 
 from zmqexec.bus.status import Phase
-from zmqexec.bus.zmq_keys import read_keys
-from zmqexec.bus.zmq_worker_channel import ZmqWorkerChannel
+from zmqexec.bus.zeromq.keys import read_keys
+from zmqexec.bus.zeromq.worker_channel import ZmqWorkerChannel
 from zmqexec.errors import BusClosed, ZmqexecError
 from zmqexec.protocol import StepInput, StepOutput, ToWorker
 

@@ -3,7 +3,7 @@
 Runs in: driver | worker.
 
     ring  shared memory, and ZeroMQ for what is larger than the whole ring: channel.py
-    zmq   ZeroMQ alone, for platforms and sandboxes without: zmq_channel.py, zmq_worker_channel.py
+    zmq   ZeroMQ alone, for platforms and sandboxes without: driver_channel.py, worker_channel.py
     auto  ring where the system grants it, else zmq, with one warning
 
 The two ends have the same methods and make the same promises. What a worker needs to find its driver are arguments and
@@ -86,7 +86,7 @@ def open_driver_channel(
             warnings.warn(
                 f"steps travel by ZeroMQ, which is slower, for there is no shared memory: {error}", stacklevel=2
             )
-    from zmqexec.bus.zmq_channel import ZmqDriverChannel
+    from zmqexec.bus.zeromq.driver_channel import ZmqDriverChannel
 
     return ZmqDriverChannel.create(num_workers, epoch=epoch, window_bytes=ring_bytes)
 
@@ -114,6 +114,6 @@ def open_worker_channel(arguments: Mapping[str, Any], rank: int, timeout_s: floa
         from zmqexec.bus.channel import WorkerChannel
 
         return WorkerChannel.attach(arguments["bus_fd"], rank)
-    from zmqexec.bus.zmq_worker_channel import ZmqWorkerChannel
+    from zmqexec.bus.zeromq.worker_channel import ZmqWorkerChannel
 
     return ZmqWorkerChannel.connect(arguments["bus_endpoint"], rank, timeout_s=timeout_s)

@@ -53,6 +53,7 @@ def main(arguments: dict[str, Any]) -> None:
     if "bus_fd" in arguments:
         os.close(arguments["bus_fd"])  # the mapping stays
     exit_code = Worker(channel, arguments).run()
+    channel.close()  # over ZeroMQ the last words may still be on their way
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -24,7 +24,7 @@ class Absence(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):  # type: ignore[no-untyped-def]
         if name == "zmqexec._bus":
             raise ModuleNotFoundError("no such extension on this platform", name=name)
-        for module in ("zmqexec", "zmqexec.bus.zmq_endpoints"):
+        for module in ("zmqexec", "zmqexec.bus.zeromq.endpoints"):
             if module in sys.modules:
                 vars(sys.modules[module])["sys"] = Elsewhere()
 

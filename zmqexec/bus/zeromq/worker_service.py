@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from zmqexec.bus import zmq_control as control
 from zmqexec.bus.status import Phase
-from zmqexec.bus.zmq_endpoints import DOWN, NAMES
-from zmqexec.bus.zmq_lane import Socket, readable
-from zmqexec.bus.zmq_wake import WakePipe, poll_ms
+from zmqexec.bus.zeromq import control as control
+from zmqexec.bus.zeromq.endpoints import DOWN, NAMES
+from zmqexec.bus.zeromq.lane import Socket, readable
+from zmqexec.bus.zeromq.wake import WakePipe, poll_ms
 from zmqexec.errors import BusError, BusTimeout
 from zmqexec.version import __version__
 

@@ -1,12 +1,12 @@
 """The driver's end of the bus over ZeroMQ alone: where memory cannot be shared, and for workers on other hosts.
 
-Runs in: driver. The other end: zmq_worker_channel.py.
+Runs in: driver. The other end: worker_channel.py.
 
 What `channel.DriverChannel` does and promises, with other means: every message arrives once, whole and in order, or
 somebody gets an error; the slowest rank holds the driver back and is named; every wait has a deadline. Needs no
 extension module.
 
-Threads: libzmq's two, and one that owns the control connections. A wait sleeps in the kernel.
+Threads: libzmq's two (over TCP three), and one that owns the control connections. A wait sleeps in the kernel.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import msgspec
 import zmq
 
 from zmqexec.bus.status import WorkerStatus
-from zmqexec.bus.zmq_codec import check_size, decode
-from zmqexec.bus.zmq_driver_end import DriverEnd
-from zmqexec.bus.zmq_endpoints import DEFAULT_LINGER_S, DEFAULT_LOST_AFTER_S
-from zmqexec.bus.zmq_frames import DATA, HEADER_BYTES, seal
-from zmqexec.bus.zmq_keys import DriverKeys
-from zmqexec.bus.zmq_lane import LaneSender, Window, shareable
-from zmqexec.bus.zmq_wake import Gate, deadline_after, leave_in, poll_ms, take_turn
+from zmqexec.bus.zeromq.codec import check_size, decode
+from zmqexec.bus.zeromq.driver_end import DriverEnd
+from zmqexec.bus.zeromq.endpoints import DEFAULT_LINGER_S, DEFAULT_LOST_AFTER_S
+from zmqexec.bus.zeromq.frames import DATA, HEADER_BYTES, seal
+from zmqexec.bus.zeromq.keys import DriverKeys
+from zmqexec.bus.zeromq.lane import LaneSender, Window, shareable
+from zmqexec.bus.zeromq.wake import Gate, deadline_after, leave_in, poll_ms, take_turn
 from zmqexec.errors import BusError, BusTimeout, ConfigError
 from zmqexec.protocol import ToDriver, ToWorker
 

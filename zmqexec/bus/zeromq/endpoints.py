@@ -22,8 +22,8 @@ from typing import Any, cast
 
 import zmq
 
-from zmqexec.bus.zmq_keys import DriverKeys, WorkerKeys, check_curve, check_key
-from zmqexec.bus.zmq_lane import Context, Socket
+from zmqexec.bus.zeromq.keys import DriverKeys, WorkerKeys, check_curve, check_key
+from zmqexec.bus.zeromq.lane import Context, Socket
 from zmqexec.bus.zmq_path import IPC_FILTER_UID, new_endpoint
 from zmqexec.errors import BusError, ConfigError
 
@@ -162,6 +162,11 @@ def check_descriptors(num_ranks: int) -> None:
         )
 
 
+def open_context(is_remote: bool) -> Context:
+    """Over TCP with a thread of libzmq's for control alone: heartbeats must not wait while it encrypts 64 MiB."""
+    return zmq.Context(io_threads=2 if is_remote else 1)
+
+
 def open_socket(
     context: Context,
     kind: int,
@@ -171,14 +176,16 @@ def open_socket(
 ) -> Socket:
     """A PAIR socket, neither bound nor connected.
 
-    lost_after_s  on control, over TCP: ZeroMQ's heartbeats show within this that the peer's host has vanished. Lanes
-                  have none: a slow reader's connection stands still, and must not be taken for dead.
+    lost_after_s  over TCP, else None. On control, ZeroMQ's heartbeats show within this that the peer's host has
+                  vanished. Lanes have none: a slow reader's connection stands still, and must not be taken for dead.
     """
     socket = context.socket(zmq.PAIR)
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = high_water_mark
     socket.maxmsgsize = max_message_bytes + WIRE_SLACK
     socket.handshake_ivl = int(HANDSHAKE_S * 1e3)
+    if lost_after_s is not None:
+        socket.affinity = 0b10 if kind == CONTROL else 0b01
     if kind == CONTROL and lost_after_s is not None:
         socket.heartbeat_ivl = max(1, int(lost_after_s * 1e3 / 4))
         socket.heartbeat_timeout = max(1, int(lost_after_s * 1e3 * 3 / 4))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 import zmq
 from zmq.utils import z85
 
-from zmqexec.bus import zmq_control as control
 from zmqexec.bus.status import Phase, WorkerStatus
-from zmqexec.bus.zmq_keys import DriverKeys
-from zmqexec.bus.zmq_lane import Context, Socket, readable
-from zmqexec.bus.zmq_wake import WakePipe
+from zmqexec.bus.zeromq import control as control
+from zmqexec.bus.zeromq.keys import DriverKeys
+from zmqexec.bus.zeromq.lane import Context, Socket, readable
+from zmqexec.bus.zeromq.wake import WakePipe
 from zmqexec.errors import ProtocolError
 from zmqexec.version import __version__
 

@@ -1,4 +1,4 @@
-"""A worker's end of the bus over ZeroMQ alone; see zmq_channel.py.
+"""A worker's end of the bus over ZeroMQ alone; see driver_channel.py.
 
 Runs in: worker.
 """
@@ -15,17 +15,17 @@ import msgspec
 import zmq
 
 from zmqexec.bus.status import Phase
-from zmqexec.bus.zmq_codec import check_size, decode
-from zmqexec.bus.zmq_endpoints import (
+from zmqexec.bus.zeromq.codec import check_size, decode
+from zmqexec.bus.zeromq.endpoints import (
     DEFAULT_LINGER_S,
     DEFAULT_LOST_AFTER_S,
     parse_tcp,
 )
-from zmqexec.bus.zmq_frames import DATA, HEADER_BYTES, seal
-from zmqexec.bus.zmq_keys import WorkerKeys, check_curve
-from zmqexec.bus.zmq_wake import Gate, deadline_after, leave_in, poll_ms, take_turn
-from zmqexec.bus.zmq_worker_end import WorkerEnd
-from zmqexec.bus.zmq_worker_service import ERROR_BYTES
+from zmqexec.bus.zeromq.frames import DATA, HEADER_BYTES, seal
+from zmqexec.bus.zeromq.keys import WorkerKeys, check_curve
+from zmqexec.bus.zeromq.wake import Gate, deadline_after, leave_in, poll_ms, take_turn
+from zmqexec.bus.zeromq.worker_end import WorkerEnd
+from zmqexec.bus.zeromq.worker_service import ERROR_BYTES
 from zmqexec.errors import BusClosed, BusTimeout, ConfigError
 from zmqexec.protocol import ToDriver, ToWorker
 

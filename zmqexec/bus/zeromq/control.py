@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import msgspec
 import zmq
 
-from zmqexec.bus.zmq_lane import Context, Socket, readable
+from zmqexec.bus.zeromq.lane import Context, Socket, readable
 from zmqexec.errors import ProtocolError
 
 EVENT = struct.Struct("=HI")
@@ -75,7 +75,7 @@ ControlToDriver = Hello | Answer | Broken | Bye
 
 
 class Welcome(Control, tag=1, frozen=True):
-    """The rank is admitted. `down` and `up`: see `zmq_endpoints.lane_name`."""
+    """The rank is admitted. `down` and `up`: see `endpoints.lane_name`."""
 
     epoch: int
     num_workers: int

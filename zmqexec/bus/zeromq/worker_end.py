@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 
-import zmq
-
-from zmqexec.bus import zmq_control as control
-from zmqexec.bus.zmq_endpoints import (
+from zmqexec.bus.zeromq import control as control
+from zmqexec.bus.zeromq.endpoints import (
     CONTROL,
     DOWN,
     MAX_CONTROL_BYTES,
@@ -20,13 +18,14 @@ from zmqexec.bus.zmq_endpoints import (
     connect,
     destroy,
     lane_endpoint,
+    open_context,
     open_socket,
 )
-from zmqexec.bus.zmq_frames import HEADER_BYTES
-from zmqexec.bus.zmq_keys import WorkerKeys
-from zmqexec.bus.zmq_lane import Context, Counters, LaneReceiver, LaneSender, Socket, Window
-from zmqexec.bus.zmq_wake import WakePipe
-from zmqexec.bus.zmq_worker_service import WorkerService, WorkerState, join
+from zmqexec.bus.zeromq.frames import HEADER_BYTES
+from zmqexec.bus.zeromq.keys import WorkerKeys
+from zmqexec.bus.zeromq.lane import Counters, LaneReceiver, LaneSender, Socket, Window
+from zmqexec.bus.zeromq.wake import WakePipe
+from zmqexec.bus.zeromq.worker_service import WorkerService, WorkerState, join
 
 
 class WorkerEnd:
@@ -45,7 +44,7 @@ class WorkerEnd:
         self.state = WorkerState()
         check_descriptors(1)
         with contextlib.ExitStack() as opened:
-            context: Context = zmq.Context()
+            context = open_context(lost_after_s is not None)
             lanes: list[Socket] = []
 
             def close_all() -> None:
@@ -64,7 +63,7 @@ class WorkerEnd:
             window = Window(welcome.window_messages, welcome.window_bytes)
             limit = HEADER_BYTES + welcome.max_message_bytes
             for kind, lane in ((DOWN, welcome.down), (UP, welcome.up)):
-                socket = open_socket(context, kind, window.high_water_mark, limit, None)
+                socket = open_socket(context, kind, window.high_water_mark, limit, lost_after_s)
                 lanes.append(socket)
                 monitors.append(control.Monitor(context, socket, NAMES[kind]))
                 early.callback(monitors[-1].close)

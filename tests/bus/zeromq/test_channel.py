@@ -16,12 +16,12 @@ import zmq
 
 import zmqexec
 from tests.procs import is_stopped
-from zmqexec.bus import zmq_control, zmq_endpoints, zmq_frames
 from zmqexec.bus.echo_worker import Echo
 from zmqexec.bus.status import Phase
-from zmqexec.bus.zmq_channel import ZmqDriverChannel
-from zmqexec.bus.zmq_frames import CLOSE, CREDIT, DATA, HEADER_BYTES
-from zmqexec.bus.zmq_worker_channel import ZmqWorkerChannel
+from zmqexec.bus.zeromq import control, endpoints, frames
+from zmqexec.bus.zeromq.driver_channel import ZmqDriverChannel
+from zmqexec.bus.zeromq.frames import CLOSE, CREDIT, DATA, HEADER_BYTES
+from zmqexec.bus.zeromq.worker_channel import ZmqWorkerChannel
 from zmqexec.errors import BusClosed, BusError, BusTimeout, ConfigError, ProtocolError
 from zmqexec.protocol import CacheReady, InitCache, StepInput, StepOutput
 
@@ -90,7 +90,7 @@ def ends(request, make):
 )
 def test_payloads_that_are_no_message_are_a_protocol_error(ends, garbage):
     sender, receiver = ends
-    inject(sender, zmq_frames.make(DATA, 7, 1, garbage))
+    inject(sender, frames.make(DATA, 7, 1, garbage))
     with pytest.raises(ProtocolError, match="no message of this version"):
         receiver.receive(timeout_s=10)
 
@@ -101,9 +101,9 @@ def test_payloads_that_are_no_message_are_a_protocol_error(ends, garbage):
         b"",
         b"GET / HTTP/1.0\r\n\r\n",
         bytes(HEADER_BYTES),
-        zmq_frames.MAGIC + b"\x63" + bytes(100),
-        zmq_frames.make(DATA, 7, 1, b"abc") + b"d",
-        zmq_frames.make(DATA, 7, 1, b"abc")[:-1],
+        frames.MAGIC + b"\x63" + bytes(100),
+        frames.make(DATA, 7, 1, b"abc") + b"d",
+        frames.make(DATA, 7, 1, b"abc")[:-1],
     ],
 )
 def test_bytes_that_are_no_frame_are_a_protocol_error(ends, frame):
@@ -116,7 +116,7 @@ def test_bytes_that_are_no_frame_are_a_protocol_error(ends, frame):
 @pytest.mark.parametrize("position", [3, 8, 15, 30, HEADER_BYTES, HEADER_BYTES + 2])
 def test_a_damaged_frame_is_a_protocol_error_and_counted(ends, position):
     sender, receiver = ends
-    frame = zmq_frames.make(DATA, 7, 1, b"abc")
+    frame = frames.make(DATA, 7, 1, b"abc")
     frame[position] ^= 0x10
     inject(sender, frame)
     with pytest.raises(ProtocolError, match="checksum"):
@@ -126,7 +126,7 @@ def test_a_damaged_frame_is_a_protocol_error_and_counted(ends, position):
 
 def test_a_lost_frame_is_a_protocol_error_and_counted(ends):
     sender, receiver = ends
-    inject(sender, zmq_frames.make(DATA, 7, 3, b"abc"))
+    inject(sender, frames.make(DATA, 7, 3, b"abc"))
     with pytest.raises(ProtocolError, match=r"frame 3 .* where 1 was expected: frames were lost"):
         receiver.receive(timeout_s=10)
     assert receiver.gaps == 1
@@ -134,7 +134,7 @@ def test_a_lost_frame_is_a_protocol_error_and_counted(ends):
 
 def test_a_frame_that_comes_twice_is_a_protocol_error_and_counted(ends):
     sender, receiver = ends
-    inject(sender, zmq_frames.make(DATA, 7, 0, b"abc"))
+    inject(sender, frames.make(DATA, 7, 0, b"abc"))
     with pytest.raises(ProtocolError, match=r"frame 0 .* it came twice"):
         receiver.receive(timeout_s=10)
     assert receiver.gaps == 1
@@ -143,8 +143,8 @@ def test_a_frame_that_comes_twice_is_a_protocol_error_and_counted(ends):
 def test_frames_of_another_epoch_are_dropped_and_counted(ends):
     sender, receiver = ends
     for epoch in (6, 8, 0):
-        inject(sender, zmq_frames.make(DATA, epoch, 1, b"abc"))
-    inject(sender, zmq_frames.make(CLOSE, 6, 1))
+        inject(sender, frames.make(DATA, epoch, 1, b"abc"))
+    inject(sender, frames.make(CLOSE, 6, 1))
     if isinstance(sender, ZmqDriverChannel):
         sender.publish(InitCache(7, 2), timeout_s=10)
         assert receiver.receive(timeout_s=10) == InitCache(7, 2)
@@ -156,7 +156,7 @@ def test_frames_of_another_epoch_are_dropped_and_counted(ends):
 
 def test_a_frame_of_unknown_kind_is_a_protocol_error(ends):
     sender, receiver = ends
-    inject(sender, zmq_frames.make(77, 7, 1))
+    inject(sender, frames.make(77, 7, 1))
     with pytest.raises(ProtocolError, match="kind 77"):
         receiver.receive(timeout_s=10)
 
@@ -165,8 +165,8 @@ def test_a_frame_of_unknown_kind_is_a_protocol_error(ends):
 def test_a_credit_for_what_was_never_sent_is_a_protocol_error(make, credit):
     driver, (worker,) = make(1, window_messages=1)
     driver.publish(InitCache(7, 1), timeout_s=10)
-    payload = zmq_frames.CREDIT_PAYLOAD.pack(*credit)
-    worker._end.inbox.socket.send(zmq_frames.make(CREDIT, 7, 1, payload))
+    payload = frames.CREDIT_PAYLOAD.pack(*credit)
+    worker._end.inbox.socket.send(frames.make(CREDIT, 7, 1, payload))
     with pytest.raises(ProtocolError, match="rank 0 claims"):
         driver.publish(InitCache(7, 1), timeout_s=10)
 
@@ -249,7 +249,7 @@ def test_settings_that_cannot_work_are_refused(settings, match):
 def test_too_few_file_descriptors_are_a_clear_error(start, limit):
     program = f"""if True:
         import resource
-        from zmqexec.bus.zmq_channel import ZmqDriverChannel
+        from zmqexec.bus.zeromq.driver_channel import ZmqDriverChannel
         from zmqexec.errors import BusError
         resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
         try:
@@ -288,7 +288,7 @@ def test_a_worker_at_another_ranks_endpoint_is_refused(stack):
 
 def test_a_worker_of_another_version_is_refused(stack, monkeypatch):
     driver = stack.enter_context(ZmqDriverChannel.create(1, epoch=7))
-    monkeypatch.setattr("zmqexec.bus.zmq_worker_service.__version__", "0.0.1")
+    monkeypatch.setattr("zmqexec.bus.zeromq.worker_service.__version__", "0.0.1")
     with pytest.raises(BusError, match=r"the worker 0\.0\.1: install the same"):
         ZmqWorkerChannel.connect(driver.endpoints[0], 0, timeout_s=10)
 
@@ -306,11 +306,11 @@ def test_a_rank_that_says_nonsense_is_lost_and_named(make, eventually, garbage):
     service = worker._end.service
 
     def say_nonsense():
-        zmq_control.encode, original = (lambda _: garbage), zmq_control.encode
+        control.encode, original = (lambda _: garbage), control.encode
         try:
-            return zmq_control.say(service._socket, None)
+            return control.say(service._socket, None)
         finally:
-            zmq_control.encode = original
+            control.encode = original
 
     assert say_nonsense()
     eventually(lambda: driver.lost)
@@ -323,7 +323,7 @@ def test_only_this_users_processes_may_connect(stack, eventually):
     program = f"""if True:
         import os, sys
         sys.path.insert(0, {IMPORT_PATH!r})
-        from zmqexec.bus.zmq_worker_channel import ZmqWorkerChannel
+        from zmqexec.bus.zeromq.worker_channel import ZmqWorkerChannel
         from zmqexec.errors import BusTimeout
         os.setgid(65534); os.setuid(65534)
         try:
@@ -398,7 +398,7 @@ def test_a_killed_worker_is_named_and_what_it_said_last_is_received(stack, start
 def test_a_killed_driver_ends_its_workers_waits(stack, start):
     program = """if True:
         import time
-        from zmqexec.bus.zmq_channel import ZmqDriverChannel
+        from zmqexec.bus.zeromq.driver_channel import ZmqDriverChannel
         from zmqexec.protocol import InitCache
         driver = ZmqDriverChannel.create(1, epoch=7)
         print(driver.endpoints[0], flush=True)
@@ -444,7 +444,7 @@ def test_what_a_worker_replied_before_it_closed_is_received(stack, start):
     driver = stack.enter_context(ZmqDriverChannel.create(1, epoch=7))
     program = f"""if True:
         import os
-        from zmqexec.bus.zmq_worker_channel import ZmqWorkerChannel
+        from zmqexec.bus.zeromq.worker_channel import ZmqWorkerChannel
         from zmqexec.protocol import StepOutput
         worker = ZmqWorkerChannel.connect({driver.endpoints[0]!r}, 0)
         for step_id in range(8):
@@ -462,8 +462,8 @@ def test_what_a_worker_replied_before_it_closed_is_received(stack, start):
 def test_a_program_that_ends_without_closing_ends_at_once(start):
     program = """if True:
         import contextlib, threading
-        from zmqexec.bus.zmq_channel import ZmqDriverChannel
-        from zmqexec.bus.zmq_worker_channel import ZmqWorkerChannel
+        from zmqexec.bus.zeromq.driver_channel import ZmqDriverChannel
+        from zmqexec.bus.zeromq.worker_channel import ZmqWorkerChannel
         from zmqexec.errors import BusClosed
         driver = ZmqDriverChannel.create(2, epoch=7)
         worker = ZmqWorkerChannel.connect(driver.endpoints[0], 0)
@@ -582,8 +582,8 @@ def test_it_runs_without_the_extension_module_and_without_what_only_linux_has(st
         sys.platform = {platform!r}
         if sys.platform != "linux":
             del os.memfd_create, os.eventfd, os.pidfd_open, os.sched_getaffinity, os.pipe2
-        from zmqexec.bus.zmq_channel import ZmqDriverChannel
-        from zmqexec.bus.zmq_worker_channel import ZmqWorkerChannel
+        from zmqexec.bus.zeromq.driver_channel import ZmqDriverChannel
+        from zmqexec.bus.zeromq.worker_channel import ZmqWorkerChannel
         from zmqexec.protocol import CacheReady, InitCache
         with ZmqDriverChannel.create(1, epoch=7) as driver:
             with ZmqWorkerChannel.connect(driver.endpoints[0], 0) as worker:
@@ -600,7 +600,7 @@ def in_directory(monkeypatch, tmp_path_factory):
     """As on a platform without abstract sockets. The parent directory of the sockets' own."""
     parent = Path("/tmp") / f"zx{os.getpid()}"  # pytest's own directories have long names
     parent.mkdir()
-    monkeypatch.setattr(zmq_endpoints, "AbstractPlace", lambda: zmq_endpoints.DirectoryPlace(parent))
+    monkeypatch.setattr(endpoints, "AbstractPlace", lambda: endpoints.DirectoryPlace(parent))
     yield parent
     parent.rmdir()  # fails unless everything in it has been removed
 
@@ -636,12 +636,12 @@ def test_a_directory_whose_name_is_too_long_for_a_socket_is_refused(tmp_path):
     parent = tmp_path / ("x" * 90)
     parent.mkdir()
     with pytest.raises(ConfigError, match="TMPDIR"):
-        zmq_endpoints.DirectoryPlace(parent)
+        endpoints.DirectoryPlace(parent)
     assert not list(parent.iterdir())
 
 
 def test_a_socket_is_refused_by_name_where_its_address_is_taken(in_directory):
     context = zmq.Context()
     with pytest.raises(ConfigError, match="cannot be bound"):
-        zmq_endpoints.bind(context.socket(zmq.PAIR), "ipc:///nowhere/at/all", 0, None)
+        endpoints.bind(context.socket(zmq.PAIR), "ipc:///nowhere/at/all", 0, None)
     context.destroy(linger=0)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 
-import zmq
-
-from zmqexec.bus import zmq_control as control
-from zmqexec.bus.zmq_driver_service import DriverService, Listener, Rank
-from zmqexec.bus.zmq_endpoints import (
+from zmqexec.bus.zeromq import control as control
+from zmqexec.bus.zeromq.driver_service import DriverService, Listener, Rank
+from zmqexec.bus.zeromq.endpoints import (
     CONTROL,
     DOWN,
     MAX_CONTROL_BYTES,
@@ -22,12 +20,13 @@ from zmqexec.bus.zmq_endpoints import (
     destroy,
     lane_name,
     make_place,
+    open_context,
     open_socket,
 )
-from zmqexec.bus.zmq_frames import HEADER_BYTES
-from zmqexec.bus.zmq_keys import DriverKeys
-from zmqexec.bus.zmq_lane import Context, Counters, LaneReceiver, LaneSender, Socket, Window
-from zmqexec.bus.zmq_wake import WakePipe
+from zmqexec.bus.zeromq.frames import HEADER_BYTES
+from zmqexec.bus.zeromq.keys import DriverKeys
+from zmqexec.bus.zeromq.lane import Counters, LaneReceiver, LaneSender, Socket, Window
+from zmqexec.bus.zeromq.wake import WakePipe
 
 
 class DriverEnd:
@@ -64,7 +63,7 @@ class DriverEnd:
         with contextlib.ExitStack() as opened:
             opened.callback(self._place.close)
             check_descriptors(num_workers)
-            self._context: Context = zmq.Context()
+            self._context = open_context(listen is not None)
             self._lanes: list[tuple[Socket, Socket]] = []
             opened.callback(self._close_lanes)
             early = opened.enter_context(contextlib.ExitStack())  # until everything is there

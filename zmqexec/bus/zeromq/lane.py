@@ -22,7 +22,7 @@ from typing import cast
 
 import zmq
 
-from zmqexec.bus import zmq_frames as frames
+from zmqexec.bus.zeromq import frames as frames
 from zmqexec.errors import ProtocolError
 
 Socket = zmq.Socket[bytes]
