@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from bus_peers import bare, encoding, plan, plot, report
 from bus_peers.hosts import Host, HostFailed, HostGroup
-from bus_peers.peer import cores_apart
+from bus_peers.peer import cores_apart, has_cpu_clocks
 from bus_peers.registry import OURS, PEERS, Entry, with_policies
 from bus_peers.rows import Row, make_row
 from bus_peers.targets import Targets
@@ -52,7 +52,7 @@ def main() -> None:
     peers, troubles = choose_peers(arguments.only, arguments.wait_policy)
     budget = (plan.quick if arguments.quick else plan.full)(arguments.readers)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="bus-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bus-", ignore_cleanup_errors=True) as scratch:
         run = Run(peers, budget, Path(scratch), arguments.pin, troubles)
         for num_readers in budget.readers:
             run.measure(num_readers)
@@ -145,6 +145,7 @@ class Run:
         bare.build(scratch)
         paths = [str(Path(__file__).parent), str(scratch), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        os.environ["TMPDIR"] = str(scratch)  # where libraries put their sockets, which nobody removes after a kill
         os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1")
 
     def measure(self, num_readers: int) -> None:
@@ -179,7 +180,7 @@ class Run:
         except HostFailed as error:
             self._give_up(group, name, num_readers, str(error))
         else:
-            host.stop()
+            group.stop(name)
 
     def _open(self, group: HostGroup, num_readers: int) -> None:
         has_cores = num_readers < len(self._cores)
@@ -210,7 +211,7 @@ class Run:
             if "unsupported" in answer:
                 self._give_up(group, name, num_readers, answer["unsupported"])
             else:
-                group.hosts[name].stop()
+                group.stop(name)
 
     def _give_up(self, group: HostGroup, name: str, num_readers: int, reason: str) -> None:
         group.hosts.pop(name).close()
@@ -243,6 +244,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
+        "cpu_times": "exact" if has_cpu_clocks() else "ticks",
         "load_at_end": round(os.getloadavg()[0], 2),
     }
 

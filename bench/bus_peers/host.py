@@ -173,9 +173,9 @@ class Host:
 
     def _cpu_since(self, before: list[int]) -> dict[str, Any]:
         """CPU time of the whole group, libraries' own processes included, and of each worker."""
-        spent = dict(
-            zip(self.group, (now - then for now, then in zip(self._cpu_ns(), before, strict=True)), strict=True)
-        )
+        now = self._cpu_ns()
+        # Who has ended meanwhile counts as nothing, not as less than nothing.
+        spent = {pid: max(0, now[index] - before[index]) for index, pid in enumerate(self.group)}
         return {"cpu_ns": sum(spent.values()), "worker_cpu_ns": [spent.get(pid, 0) for pid in self.peer.pids]}
 
 

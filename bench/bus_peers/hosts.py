@@ -44,7 +44,7 @@ class Host:
                 stderr=output,
                 start_new_session=True,
             )
-        self._stopped: list[int] = []
+        self.tree: list[int] = []  # as of the last `stop`
 
     def ask(self, command: dict[str, Any], deadline_s: float) -> dict[str, Any]:
         """Have it measured."""
@@ -79,13 +79,12 @@ class Host:
 
     def stop(self) -> None:
         """Let none of its processes run until `go`."""
-        self._stopped = process_tree(self._process.pid)
-        _signal(self._stopped, signal.SIGSTOP)
+        self.tree = process_tree(self._process.pid)
+        _signal(self.tree, signal.SIGSTOP)
 
     def go(self) -> None:
         """Let them run again, workers first."""
-        _signal(self._stopped[::-1], signal.SIGCONT)
-        self._stopped = []
+        _signal(self.tree[::-1], signal.SIGCONT)
 
     def close(self) -> None:
         """End it: by asking, then by force."""
@@ -97,7 +96,8 @@ class Host:
             self._process.wait(CLOSE_S)
         tree = process_tree(self._process.pid) if self._process.poll() is None else []
         _signal(tree, signal.SIGKILL, sparing_trackers=True)
-        self._process.wait(CLOSE_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSE_S)
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -109,6 +109,15 @@ class HostGroup:
         # Orphans come to us, so that even those that a dying host leaves behind are found.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.hosts: dict[str, Host] = {}
+        self._guardian = subprocess.Popen(
+            [sys.executable, "-m", "bus_peers.guardian"], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def stop(self, name: str) -> None:
+        """Stop a host; the guardian is to end it should we be killed."""
+        self.hosts[name].stop()
+        assert self._guardian.stdin is not None
+        print(*(pid for host in self.hosts.values() for pid in host.tree), file=self._guardian.stdin, flush=True)
 
     def close(self) -> None:
         for host in self.hosts.values():
@@ -122,6 +131,9 @@ class HostGroup:
             until = time.monotonic() + round_s
             while _reap() and time.monotonic() < until:
                 time.sleep(0.02)
+        assert self._guardian.stdin is not None
+        with contextlib.suppress(OSError):  # it was the last to be killed
+            self._guardian.stdin.close()
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ Runs in: driver | worker.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -79,21 +80,39 @@ def die_with_parent() -> None:
 def cpu_ns(pid: int) -> int:
     """CPU time of a process so far, all its threads; 0 when it is gone."""
     try:
-        return time.clock_gettime_ns((~pid << 3) | 2)  # Linux's clock id of another process, of the scheduler's kind
+        if has_cpu_clocks():
+            return time.clock_gettime_ns(_cpu_clock(pid))
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return 0
+    user, system = stat.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
+
+
+@functools.cache
+def has_cpu_clocks() -> bool:
+    """Whether the CPU time of another process can be read exactly; otherwise `cpu_ns` counts ticks of 10 ms."""
+    try:
+        return time.clock_gettime_ns(_cpu_clock(os.getppid() or os.getpid())) > 0
+    except OSError:
+        return False
+
+
+def _cpu_clock(pid: int) -> int:
+    """Linux's clock id of another process, of the scheduler's kind."""
+    return (~pid << 3) | 2
 
 
 def process_tree(root: int) -> list[int]:
     """`root` and the processes below it, parents first."""
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
             try:
-                stat = Path(f"/proc/{entry}/stat").read_text()
+                stat = (entry / "stat").read_text()
             except OSError:
                 continue  # it has ended meanwhile
-            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry))
+            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
     found = [root]
     for pid in found:
         found.extend(children.get(pid, []))
@@ -102,8 +121,8 @@ def process_tree(root: int) -> list[int]:
 
 def pin(pid: int, core: int) -> None:
     """Put every thread of a process on one core; threads that they start will run there too."""
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        os.sched_setaffinity(int(thread), {core})
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {core})
 
 
 def cores_apart() -> list[int]:

@@ -17,17 +17,19 @@ BARE_PREFIX = "c-"
 class Entry:
     """A transport.
 
-    title    as tables and plots call it
-    target   "module:class" of its `Peer`
-    needs    modules that must be there
-    silent   whether it is measured paced, idle and after silence
-    near     whether that is done with two readers as well as with one
+    title     as tables and plots call it
+    target    "module:class" of its `Peer`
+    needs     modules that must be there
+    settle_s  how long after having been stopped it catches up with itself
+    silent    whether it is measured paced, idle and after silence
+    near      whether that is done with two readers as well as with one
     """
 
     title: str
     target: str
     needs: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    settle_s: float = 0.05
     silent: bool = True
     near: bool = False
 
@@ -41,14 +43,14 @@ PEERS = {
     OURS: Entry("zmqexec", "bus_peers.zmqexec_bus:Zmqexec", near=True),
     "reference": Entry("shared memory in pure Python", "bus_peers.reference:Reference", near=True),
     "vllm": Entry("vLLM MessageQueue", "bus_peers.vllm_queue:VllmQueue", ("vllm", "torch"), near=True),
-    "ray-graph": Entry("Ray compiled graph", "bus_peers.ray_peers:RayGraph", ("ray",)),
+    "ray-graph": Entry("Ray compiled graph", "bus_peers.ray_peers:RayGraph", ("ray",), settle_s=0.5),
     "pipe": Entry("multiprocessing Pipe", "bus_peers.mp:Pipes"),
     "queue": Entry("multiprocessing Queue", "bus_peers.mp:Queues"),
     "zmq-pub": Entry("ZeroMQ PUB/SUB", "bus_peers.zeromq:ZeroMQ", ("zmq",), {"pattern": "pub"}),
     "zmq-push": Entry("ZeroMQ PUSH", "bus_peers.zeromq:ZeroMQ", ("zmq",), {"pattern": "push"}),
     "shm-event": Entry("shared memory + Event + pickle", "bus_peers.mp:SharedMemoryEvents"),
     "torch-rpc": Entry("torch.distributed.rpc", "bus_peers.torch_rpc:TorchRpc", ("torch",)),
-    "ray-actors": Entry("Ray actor calls", "bus_peers.ray_peers:RayActors", ("ray",)),
+    "ray-actors": Entry("Ray actor calls", "bus_peers.ray_peers:RayActors", ("ray",), settle_s=0.5),
     "c-spin": Entry("C, spinning", "bus_peers.bare:BareC", (), {"wait": "spin"}, silent=False),
     "c-yield": Entry("C, spinning with yield", "bus_peers.bare:BareC", (), {"wait": "yield"}, silent=False),
     "c-futex": Entry("C, futex both ways", "bus_peers.bare:BareC", (), {"wait": "futex"}, near=True),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bus_peers.peer import has_cpu_clocks
 from bus_peers.plan import MIB, USUAL_BYTES
 from bus_peers.registry import OURS, is_rival
 from bus_peers.rows import Row
@@ -139,6 +140,7 @@ class Targets:
                     f"{window.split('_')[1]}: every second < {limit} % of a core",
                     [max(row[window]) if window in row else None],
                     lambda worst, limit=limit: (f"{worst:.3f} %", worst < limit),
+                    "" if has_cpu_clocks() else "CPU times are only known in ticks here",
                 )
             row = self._row(OURS, readers, "paced", period_ms=5.0) or {}
             line = f"paced at 5 ms, {readers} readers"
