@@ -140,6 +140,7 @@ class Run:
         self._pin = pin
         self._troubles = troubles
         self._cores = cores_apart()
+        self._started = time.monotonic()
         self.pinned: set[int] = set()
         self.rows: list[Row] = []
         bare.build(scratch)
@@ -153,17 +154,19 @@ class Run:
         answers: dict[tuple[str, plan.Cell], list[dict[str, Any]]] = defaultdict(list)
         with HostGroup() as group:
             self._open(group, num_readers)
+            self._say(num_readers, f"{len(group.hosts)} transports are open")
             for repetition in range(self._plan.repetitions):
                 names = list(group.hosts)
                 # The order turns, so that none always follows the same other.
                 for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
                     self._turn(group, name, num_readers, answers)
-                print(
-                    f"{num_readers} reader(s), repetition {repetition + 1} done, load {os.getloadavg()[0]:.1f}",
-                    flush=True,
-                )
+                self._say(num_readers, f"repetition {repetition + 1} of {self._plan.repetitions} is done")
         for (name, cell), found in answers.items():
             self.rows.append(make_row(name, num_readers, cell, found))
+
+    def _say(self, num_readers: int, what: str) -> None:
+        seconds = time.monotonic() - self._started
+        print(f"{seconds:5.0f} s: {num_readers} reader(s), {what}, load {os.getloadavg()[0]:.1f}", flush=True)
 
     def _turn(
         self,
@@ -174,6 +177,7 @@ class Run:
     ) -> None:
         host = group.hosts[name]
         host.go()
+        time.sleep(self._peers[name].settle_s)
         try:
             for cell in self._plan.cells(self._peers[name], num_readers):
                 answers[name, cell].append(host.ask(cell.command(num_readers), cell.deadline_s))
