@@ -15,7 +15,7 @@ import zmqexec
 PACKAGE = Path(zmqexec.__file__).parent
 
 BASE = {"errors", "version", "config", "protocol"}
-MODEL_FILES = {"model_config", "checkpoint"}
+MODEL_FILES = {"model_config", "checkpoint", "cache_size"}
 TEXT = {"chat_template", "convert_tokenizer", "decoding", "text"}
 
 LAYERS: dict[str, set[str]] = {
@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "protocol": {"config"},
     "model_config": {"errors"},
     "checkpoint": {"errors", "model_config"},
+    "cache_size": {"config", "model_config"},
     "child": {"errors"},
     "_entry": set(),
     "demo": set(),
@@ -52,6 +53,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "protocol": {"msgspec"},
     "model_config": {"msgspec"},
     "checkpoint": {"msgspec"},
+    "cache_size": set(),
     "child": set(),
     "_entry": set(),
     "demo": {"torch", "tokenizers", "safetensors", "numpy"},

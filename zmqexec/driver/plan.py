@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from zmqexec.cache_size import cpu_cache_bytes
 from zmqexec.checkpoint import Checkpoint
 from zmqexec.config import EngineConfig
 from zmqexec.demo import CHECKPOINT as DEMO_CHECKPOINT
@@ -54,11 +55,14 @@ class Plan:
         num_blocks = kv_cache_bytes // self.block_bytes
         needed = -(-self.max_model_len // self.config.block_size)
         if num_blocks < needed:
+            num_tokens = num_blocks * self.config.block_size
+            given = self.config.kv_cache_memory_bytes is not None
+            room = f"kv_cache_memory_bytes={kv_cache_bytes}" if given else f"the free memory, {kv_cache_bytes} bytes,"
+            shorter = f", or lower max_model_len to at most {num_tokens}" if num_tokens >= 2 else ""
             raise ConfigError(
-                f"kv_cache_memory_bytes={kv_cache_bytes} holds {num_blocks * self.config.block_size} tokens, but one "
-                f"sequence of max_model_len={self.max_model_len} needs {needed * self.block_bytes} bytes; raise "
-                f"kv_cache_memory_bytes to that, or lower max_model_len to at most "
-                f"{max(num_blocks * self.config.block_size, 0)}",
+                f"{room} holds {num_tokens} tokens of KV cache, but one sequence of max_model_len={self.max_model_len} "
+                f"needs {needed * self.block_bytes} bytes; {'raise' if given else 'set'} kv_cache_memory_bytes to that"
+                f"{shorter}",
                 "kv_cache_memory_bytes",
             )
         return num_blocks
@@ -99,8 +103,8 @@ def make_plan(config: EngineConfig) -> Plan:
         max_model_len=max_model_len,
         num_threads=config.num_threads or max(1, _num_cores() // config.tensor_parallel_size),
     )
-    if config.kv_cache_memory_bytes is not None:
-        plan.num_blocks(config.kv_cache_memory_bytes)
+    # The workers say the last word, when their weights are loaded; what cannot fit even now is refused now.
+    plan.num_blocks(cpu_cache_bytes(config, model, max_model_len, DTYPE_BYTES[plan.dtype]))
     return plan
 
 

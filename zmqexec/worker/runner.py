@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from zmqexec.bus.status import Phase
+from zmqexec.cache_size import cpu_cache_bytes
 from zmqexec.errors import ConfigError, InternalError
 from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config
 from zmqexec.protocol import LoadModel, StepInput, StepOutput
 from zmqexec.worker.batch import Batch
 from zmqexec.worker.collectives import Collectives, PhasedCollectives
 from zmqexec.worker.kernels.plan import DecodePlanner
-from zmqexec.worker.kv_cache import KVCache, cpu_cache_bytes
+from zmqexec.worker.kv_cache import KVCache
 from zmqexec.worker.models.llama import LlamaModel
 from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
 from zmqexec.worker.sampler import Sampled, Sampler
@@ -62,7 +63,7 @@ class ModelRunner:
         torch.set_num_threads(self._load.num_threads)
         with torch.inference_mode():
             self._model = self._load_model(on_progress)
-        return cpu_cache_bytes(self._load.config, self._model_config, self._load.max_model_len, self._dtype)
+        return cpu_cache_bytes(self._load.config, self._model_config, self._load.max_model_len, self._dtype.itemsize)
 
     def _load_model(self, on_progress: Callable[[int, int], None]) -> LlamaModel:
         config, collectives = self._model_config, self._collectives
