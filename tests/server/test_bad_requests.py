@@ -86,6 +86,12 @@ def test_integral_floats_are_integers(server):
     assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 2
 
 
+def test_a_number_beyond_every_range_is_refused_by_the_name_of_its_field(server):
+    response = server.http.post("/v1/completions", content='{"prompt": "abc", "temperature": 1e400}')
+    error = refusal(response)
+    assert error["param"] == "temperature" and error["message"] == "temperature: Number out of range"
+
+
 def test_unknown_fields_are_accepted_and_logged_once(server, caplog):
     with caplog.at_level(logging.WARNING, logger="zmqexec.server"):
         for _ in range(3):

@@ -145,9 +145,13 @@ def decode_request(body: bytes, cls: type[Request]) -> Request:
         names = _fields_decoder.decode(body)
         try:
             request: Request = _decoders[cls].decode(body)
-        except msgspec.ValidationError:
+        except msgspec.ValidationError as error:
             # JavaScript may write 3.0 for 3. Rare, so only what failed is read a second time.
-            request = msgspec.convert(_with_integral_floats(msgspec.json.decode(body)), cls)
+            try:
+                values = msgspec.json.decode(body)
+            except msgspec.ValidationError:  # a number like 1e400, for which only the first error names the field
+                raise error from None
+            request = msgspec.convert(_with_integral_floats(values), cls)
         for name, raw in names.items():
             if name not in cls.__struct_fields__:
                 _check_other_field(name, raw)
