@@ -275,4 +275,4 @@ def test_where_python_prefers_an_uncompiled_copy_the_error_says_what_to_do(tmp_p
     _, err, code = run(["-c", f"{unhook}; import zmqexec; zmqexec.Engine"], folder)
     assert code == 1 and "ImportError" in err.splitlines()[-1]
     assert f"{folder / 'zmqexec'} is a source tree" in err
-    assert "pip install ." in err and "leave that folder" in err
+    assert "pip install -e ." in err and "leave that folder" in err  # `pip install .` would change nothing here

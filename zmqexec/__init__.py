@@ -98,6 +98,6 @@ def __getattr__(name: str) -> Any:
         if error.name != "zmqexec._bus":
             raise
         raise ImportError(
-            f"{__path__[0]} is a source tree whose C extension has not been built: run `pip install .` there, "
-            "or leave that folder, so that Python finds the installed zmqexec"
+            f"{__path__[0]} is a source tree whose C extension has not been built: leave that folder, so that "
+            "Python finds the installed zmqexec, or run `pip install -e .` there, which builds it in place"
         ) from None
