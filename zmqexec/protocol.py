@@ -302,7 +302,13 @@ class RequestUpdate(Message, frozen=True):
 
 
 class EngineStats(Message, frozen=True):
-    """Gauges and counters of the driver at one moment."""
+    """Gauges and counters of the driver at one moment.
+
+    The one list of them: the status page of the bus holds the fields in this order, as unsigned integers (at most 16).
+
+    stale_replies        replies of this epoch that matched no outstanding step and were dropped
+    wrong_epoch_replies  replies of another epoch, dropped too
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -314,6 +320,7 @@ class EngineStats(Message, frozen=True):
     preemptions: int = 0
     steps: int = 0
     stale_replies: int = 0
+    wrong_epoch_replies: int = 0
 
 
 class EngineUpdates(Message, tag=4, frozen=True):

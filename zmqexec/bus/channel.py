@@ -19,11 +19,13 @@ from zmqexec.bus.link import Inbox, Outbox
 from zmqexec.bus.ring import slots_for
 from zmqexec.bus.status import Phase, WorkerStatus
 from zmqexec.errors import BusClosed
-from zmqexec.protocol import ToDriver, ToWorker
+from zmqexec.protocol import EngineStats, ToDriver, ToWorker
 
 WaitPolicy = Literal["latency", "balanced", "eco"]
 WAIT_POLICIES: tuple[str, ...] = get_args(WaitPolicy)
 """In the order of csrc/bus/ring.h."""
+
+MAX_NAME_BYTES = 63
 
 
 class DriverChannel:
@@ -62,7 +64,7 @@ class DriverChannel:
         reply_ring_bytes  of each worker's ring
         wait_policy       how much waits may spin to be woken sooner, on both sides
         has_checksums     every record carries a CRC-32C of its payload, which its readers check
-        name              what tools show
+        name              what tools show; its first 63 bytes
         """
         segment = _bus.Segment.create(
             num_workers=num_workers,
@@ -74,7 +76,7 @@ class DriverChannel:
             wait_policy=WAIT_POLICIES.index(wait_policy),
             cores=usable_cores(),
             has_checksums=has_checksums,
-            name=name,
+            name=name.encode(errors="replace")[:MAX_NAME_BYTES].decode(errors="ignore"),
         )
         return cls(segment)
 
@@ -112,6 +114,10 @@ class DriverChannel:
         """What `rank` is doing, without asking it."""
         pid, phase, step_id, heartbeat_ns, error = self._segment.status(rank)
         return WorkerStatus(rank, pid, Phase(phase), step_id, heartbeat_ns, error)
+
+    def set_gauges(self, stats: EngineStats) -> None:
+        """Show the engine's figures to whoever observes. Costs a microsecond."""
+        self._segment.set_gauges(msgspec.structs.astuple(stats))
 
     def close(self) -> None:
         """End every wait, here (BusClosed) and in the workers, which first read what was published. Idempotent."""

@@ -1,6 +1,6 @@
 """The status page: what each rank is doing, so that an error can name the rank, the phase and for how long.
 
-Runs in: driver | worker.
+Runs in: driver | worker | server.
 """
 
 from __future__ import annotations
