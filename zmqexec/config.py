@@ -13,6 +13,7 @@ import inspect
 import math
 import numbers
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -24,6 +25,8 @@ GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing by it would overflow float32 logits."""
 
 MAX_SEED = 2**64 - 1
+DEMO_NAME = "zmqexec-demo"
+"""Of the built-in model, whose folder's name says nothing."""
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +56,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ring_bytes              size of the shared-memory ring that carries steps to the workers
     wait_policy             how much waiting processes may spin to be woken sooner; eco: not at all
     bus_checksums           every record on the bus carries a CRC-32C, which its readers check
+    stall_warning_s         seconds without a reply after which a warning says what a step waits for; 0: never
+    name                    what `zmqexec-top` shows the engine as; default: the model's folder name
     """
 
     model: str | None = None
@@ -79,6 +84,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ring_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 31)] = 64 << 20
     wait_policy: Literal["latency", "balanced", "eco"] = "balanced"
     bus_checksums: bool = False
+    stall_warning_s: Annotated[float, Meta(ge=0.0, le=86400.0)] | None = 10.0
+    name: Annotated[str, Meta(min_length=1, max_length=63)] | None = None
 
     def __post_init__(self) -> None:
         if self.device == "cuda":
@@ -95,6 +102,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 "a step computes at least one token of every running sequence; raise the first or lower the second",
                 "max_num_batched_tokens",
             )
+        if self.name is not None and not self.name.isprintable():
+            raise ConfigError(f"name={self.name!r}: must consist of printable characters", "name")
+
+    @property
+    def engine_name(self) -> str:
+        """`name`, or what stands for it."""
+        if self.name is not None:
+            return self.name
+        return DEMO_NAME if self.model is None else Path(self.model).expanduser().absolute().name
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

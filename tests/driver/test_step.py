@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from zmqexec import EngineClosed, EngineConfig, InternalError, SamplingParams, Z
 from zmqexec.driver import step
 from zmqexec.driver.plan import make_plan
 from zmqexec.driver.step import Driver
-from zmqexec.protocol import LoadModel, NewRequest, StepInput, StepOutput, pack
+from zmqexec.protocol import EngineStats, LoadModel, NewRequest, StepInput, StepOutput, pack
 
 CONFIG = EngineConfig(max_model_len=64, max_num_seqs=4, block_size=4, kv_cache_memory_bytes=1 << 20)
 PROMPT = [1, 2, 3, 4, 5]
@@ -23,12 +24,14 @@ class FakeExecutor:
     """Answers with the tokens of `FakeWorker`. `before_submit` and `before_collect` may raise."""
 
     death_fd = None
-    stale_replies = 0
+    stale_replies = 3
+    wrong_epoch_replies = 4
 
     def __init__(self) -> None:
         self.before_submit: Callable[[], None] = lambda: None
         self.before_collect: Callable[[], None] = lambda: None
         self.is_closed = False
+        self.shown: list[EngineStats] = []
         self._worker = FakeWorker(0, CONFIG.block_size)
         self._outputs: deque[StepOutput] = deque()
 
@@ -48,6 +51,9 @@ class FakeExecutor:
 
     def check(self) -> None:
         pass
+
+    def show(self, stats: EngineStats) -> None:
+        self.shown.append(stats)
 
     def close(self) -> None:
         self.is_closed = True
@@ -132,3 +138,37 @@ def test_an_error_of_the_executor_is_raised_by_every_later_call(driver: Driver, 
         with pytest.raises(ZmqexecError) as raised:
             call()
         assert raised.value is error
+
+
+def test_the_engines_figures_are_shown_when_work_ends_and_at_most_every_few_milliseconds_before(
+    driver: Driver, executor: FakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic() + 1.0
+    monkeypatch.setattr(step.time, "monotonic", lambda: now)
+    executor.shown.clear()
+    add(driver)
+    driver.step()
+    for _ in range(3):
+        driver.step()
+    assert len(executor.shown) == 1, "the clock stood still"
+    assert executor.shown[0].num_running == 1
+    now += step.SHOW_EVERY_S
+    driver.step()
+    assert len(executor.shown) == 2
+    finish(driver)
+    assert len(executor.shown) == 3
+    last = executor.shown[-1]
+    assert (last.num_running, last.generation_tokens, last.prompt_tokens) == (0, 10, len(PROMPT))
+    assert (last.stale_replies, last.wrong_epoch_replies) == (3, 4)
+    assert last == driver.stats
+
+
+def test_an_abort_shows_too(driver: Driver, executor: FakeExecutor) -> None:
+    add(driver)
+    driver.abort(["r"])
+    driver.step()
+    assert executor.shown[-1].num_waiting == 0
+
+
+def test_figures_are_there_before_the_first_step(driver: Driver, executor: FakeExecutor) -> None:
+    assert executor.shown[-1].num_blocks > 0

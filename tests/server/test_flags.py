@@ -14,8 +14,8 @@ EXAMPLES = {
     "kv_cache_memory_bytes": 1000, "gpu_memory_utilization": 0.5, "enable_prefix_caching": False,
     "enable_chunked_prefill": False, "executor": "multiproc", "run_ahead": 0, "seed": 5, "step_timeout_s": 1.5,
     "start_timeout_s": 2.0, "num_threads": 2, "ring_bytes": 1 << 20, "transport": "zmq",
-    "wait_policy": "eco", "bus_checksums": True, "host": "::1", "port": 1, "chat_template": "file",
-    "served_model_name": "name",
+    "wait_policy": "eco", "bus_checksums": True, "stall_warning_s": 2.5, "name": "ours", "host": "::1", "port": 1,
+    "chat_template": "file", "served_model_name": "name",
     "shutdown_timeout_s": 0.5, "max_body_bytes": 5000, "max_logprobs": 5, "log_level": "error",
 }  # fmt: skip
 

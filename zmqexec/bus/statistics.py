@@ -42,7 +42,8 @@ class Counts:
 class Histogram(Counts):
     """Durations by size.
 
-    Bucket b counts those in [bucket_begin_ns(b), bucket_begin_ns(b + 1)), the first also all shorter, the last all longer.
+    Bucket b counts those in [bucket_begin_ns(b), bucket_begin_ns(b + 1)); the first also all shorter ones, the last
+    all longer ones.
     """
 
     sum_ns: int

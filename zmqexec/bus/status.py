@@ -5,9 +5,13 @@ Runs in: driver | worker | server.
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass
 from enum import IntEnum
+
+DUMP_SIGNAL = signal.SIGUSR2
+"""Makes a worker write the Python stacks of all its threads to its output: what the status page cannot tell."""
 
 
 class Phase(IntEnum):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from zmqexec.config import EngineConfig
-from zmqexec.protocol import LoadModel, StepInput, StepOutput
+from zmqexec.protocol import EngineStats, LoadModel, StepInput, StepOutput
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) while starting; total 0 means unknown."""
@@ -43,6 +43,13 @@ class Executor(Protocol):
     @property
     def stale_replies(self) -> int:
         """Replies that matched no outstanding step and were dropped."""
+
+    @property
+    def wrong_epoch_replies(self) -> int:
+        """Replies of another epoch, dropped too."""
+
+    def show(self, stats: EngineStats) -> None:
+        """Leave the engine's figures where `zmqexec-top` and others who watch from outside find them. Never waits."""
 
     def close(self) -> None:
         """End all workers and release everything. Idempotent, from any thread."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from zmqexec.config import EngineConfig
 from zmqexec.errors import InternalError
 from zmqexec.executor.base import Progress
-from zmqexec.protocol import LoadModel, StepInput, StepOutput
+from zmqexec.protocol import EngineStats, LoadModel, StepInput, StepOutput
 
 if TYPE_CHECKING:
     from zmqexec.worker.runner import ModelRunner
@@ -22,6 +22,7 @@ class InlineExecutor:
 
     death_fd: int | None = None
     stale_replies = 0
+    wrong_epoch_replies = 0
 
     def __init__(self, config: EngineConfig) -> None:
         from zmqexec.worker.collectives import LocalCollectives
@@ -53,6 +54,9 @@ class InlineExecutor:
 
     def check(self) -> None:
         """There is no worker that could have died."""
+
+    def show(self, stats: EngineStats) -> None:
+        """There is no bus that anybody could look at."""
 
     def close(self) -> None:
         """Drop the model."""

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from zmqexec.bus.extension import BUILD_ID
@@ -28,14 +27,15 @@ from zmqexec.errors import (
     UserError,
     WorkerDied,
     WorkerFailed,
-    WorkerStalled,
     ZmqexecError,
     from_info,
 )
 from zmqexec.executor.base import Progress
 from zmqexec.executor.spawn import Worker, WorkerGroup
+from zmqexec.executor.stall import StallWatch
 from zmqexec.protocol import (
     CacheReady,
+    EngineStats,
     Failure,
     Hello,
     InitCache,
@@ -69,7 +69,7 @@ class MultiprocExecutor:
         self._close_lock = threading.Lock()
         self._owner_pid = os.getpid()
         self._is_closed = False
-        self.stale_replies = 0
+        self.stale_replies = self.wrong_epoch_replies = 0
         try:
             self._open()
         except OSError as error:
@@ -90,6 +90,7 @@ class MultiprocExecutor:
                 ring_bytes=self._config.ring_bytes,
                 wait_policy=self._config.wait_policy,
                 has_checksums=self._config.bus_checksums,
+                name=self._config.engine_name,
             )
             opened.callback(self._channel.close)
             for rank in range(tp_size):
@@ -103,6 +104,12 @@ class MultiprocExecutor:
                 bus_arguments, bus_fds = self._channel.attachment(rank)
                 self._group.spawn(rank, arguments | bus_arguments, {**bus_fds, "store_fd": self._store_fd})
             self._group.watch()
+            self._stall = StallWatch(
+                self._group.workers,
+                self._channel.status,
+                self._config.stall_warning_s or 0.0,
+                self._config.step_timeout_s,
+            )
             self._opened = opened.pop_all()
 
     # ── start-up ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,11 +168,16 @@ class MultiprocExecutor:
 
     def collect(self) -> StepOutput:
         """Rank 0's answer to the oldest outstanding step."""
-        deadline = time.monotonic() + self._config.step_timeout_s
+        begin = time.monotonic()
+        deadline = begin + self._config.step_timeout_s
+        self._stall.begin(begin)
         while True:
-            received = self._receive(deadline)
+            received = self._receive(min(deadline, self._stall.due))
             if received is None:
-                raise self._stalled(self._outstanding[0])
+                if time.monotonic() >= deadline:
+                    raise self._stall.error(self._outstanding[0])
+                self._stall.warn(self._outstanding[0])
+                continue
             rank, message = received
             if isinstance(message, StepOutput) and rank == 0 and message.step_id == self._outstanding[0]:
                 self._outstanding.popleft()
@@ -177,6 +189,11 @@ class MultiprocExecutor:
         self._check_open()
         self._raise_if_dead()
 
+    def show(self, stats: EngineStats) -> None:
+        """Leave the engine's figures on the status page."""
+        with contextlib.suppress(BusClosed):  # by another thread, just now
+            self._channel.set_gauges(stats)
+
     @property
     def death_fd(self) -> int | None:
         """Readable once a worker has died."""
@@ -184,16 +201,19 @@ class MultiprocExecutor:
 
     def _publish(self, message: LoadModel | InitCache | StepInput) -> None:
         self._check_open()
+        self._stall.begin(time.monotonic())
         try:
             self._channel.publish(message, self._config.step_timeout_s, check=self._check_while_publishing)
         except BusTimeout as error:
-            raise self._stalled(getattr(message, "step_id", -1)) from error
+            raise self._stall.error(getattr(message, "step_id", -1)) from error
 
     def _check_while_publishing(self) -> None:
         """A worker that waits to deliver a large reply would never take our large message: take its reply first."""
         while (received := self._channel.try_receive()) is not None:
             self._early.append(received)
         self.check()
+        if self._outstanding and time.monotonic() >= self._stall.due:
+            self._stall.warn(self._outstanding[0])
 
     def _receive(self, deadline: float) -> tuple[int, ToDriver] | None:
         """The next reply of this epoch; None at the deadline. Failures and deaths are raised."""
@@ -206,7 +226,7 @@ class MultiprocExecutor:
                 continue
             rank, message = received
             if message.epoch != self._epoch:
-                self.stale_replies += 1
+                self.wrong_epoch_replies += 1
             elif isinstance(message, Failure):
                 raise self._root_cause(rank, message)
             else:
@@ -276,26 +296,6 @@ class MultiprocExecutor:
             worker.rank, worker.child.pid, worker.child.exit_code(), f"in {self._where(worker)}", worker.log_tail
         )
 
-    def _stalled(self, step_id: int) -> WorkerStalled:
-        """Name the rank that holds the step up: a stopped process, else one that is not waiting for its peers."""
-
-        def suspicion(worker: Worker) -> tuple[bool, bool, int]:
-            status = self._channel.status(worker.rank)
-            return not _is_stopped(worker.child.pid), status.phase == Phase.COLLECTIVE, status.step_id
-
-        culprit = min(self._group.workers, key=suspicion)
-        stopped = " Its process is stopped (SIGSTOP); SIGCONT continues it." if _is_stopped(culprit.child.pid) else ""
-        others = "; ".join(
-            f"worker {worker.rank}: {self._where(worker)}" for worker in self._group.workers if worker is not culprit
-        )
-        return WorkerStalled(
-            f"worker {culprit.rank} (pid {culprit.child.pid}) did not finish step {step_id} within "
-            f"step_timeout_s={self._config.step_timeout_s}: {self._where(culprit)}.{stopped}"
-            + (f" Meanwhile {others}." if others else "")
-            + (f"\nIts last output:\n{culprit.log_tail}" if culprit.log_tail else ""),
-            culprit.rank,
-        )
-
     def _where(self, worker: Worker) -> str:
         """What the status page says about a rank."""
         return self._channel.status(worker.rank).where()
@@ -318,11 +318,3 @@ def _failed(rank: int, failure: Failure) -> ZmqexecError:
         return error
     step = f" of step {failure.step_id}" if failure.step_id >= 0 else ""
     return WorkerFailed(f"worker {rank} failed in phase {failure.phase}{step}: {failure.error.message}", rank)
-
-
-def _is_stopped(pid: int) -> bool:
-    """True for a process in state T (SIGSTOP). Format: proc(5)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except (OSError, IndexError):
-        return False

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from zmqexec.async_engine import AsyncEngine
-from zmqexec.config import EngineConfig
+from zmqexec.config import DEMO_NAME, EngineConfig
 from zmqexec.demo import CHECKPOINT
 from zmqexec.errors import ConfigError, UserError, ZmqexecError
 from zmqexec.protocol import EngineProgress
@@ -27,7 +27,6 @@ from zmqexec.server.flags import parse_flags
 from zmqexec.server.serve import serve
 from zmqexec.version import __version__
 
-DEMO_NAME = "zmqexec-demo"
 DEMO_QUESTION = "What is zmqexec?"
 BACKLOG = 2048
 

@@ -14,7 +14,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from zmqexec.bus.extension import BUILD_ID, arm_death_watch
-from zmqexec.bus.status import Phase
+from zmqexec.bus.status import DUMP_SIGNAL, Phase
 from zmqexec.bus.transport import WorkerEnd, open_worker_channel
 from zmqexec.child import PACKAGE_DIR
 from zmqexec.errors import BusClosed, InternalError, UserError
@@ -48,6 +48,7 @@ def main(arguments: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     arm_death_watch(arguments["parent_pid"], arguments["lifeline_fd"])
     faulthandler.enable()
+    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     channel = open_worker_channel(arguments, arguments["rank"], arguments["join_timeout_s"])
     if "bus_fd" in arguments:

@@ -1,4 +1,4 @@
-"""Put on PYTHONPATH by a test: makes the model of one rank raise once a trigger file exists.
+"""Put on PYTHONPATH by a test: makes the model of one rank raise, or hang, once and while a trigger file exists.
 
 Real processes and the real error path, without a hook in the product.
 """
@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 
 
 class Saboteur(importlib.abc.MetaPathFinder):
@@ -24,13 +25,21 @@ class Saboteur(importlib.abc.MetaPathFinder):
 
             def sabotaged(self, step):  # type: ignore[no-untyped-def]
                 if os.path.exists(trigger):  # noqa: PTH110  (as little as possible is imported here)
-                    raise ArithmeticError("sabotage in the model")
+                    if os.environ.get("FAULT_KIND") == "hang":
+                        hang_in_the_model()
+                    else:
+                        raise ArithmeticError("sabotage in the model")
                 return run(self, step)
 
             module.ModelRunner.run = sabotaged
 
         spec.loader.exec_module = exec_module
         return spec
+
+
+def hang_in_the_model():  # type: ignore[no-untyped-def]
+    while os.path.exists(trigger):  # noqa: PTH110
+        time.sleep(0.01)
 
 
 trigger = os.environ.get("FAULT_TRIGGER", "")
