@@ -39,7 +39,8 @@ LAYERS: dict[str, set[str]] = {
     "outputs": set(),
     "engine": BASE | {"driver", "frontend", "outputs"},
     "async_engine": BASE | {"bus", "child", "demo", "frontend", "outputs", "text"},
-    "server": BASE | {"async_engine", "outputs", "text", "demo"},
+    "server": BASE | {"async_engine", "bus", "outputs", "text", "demo"},
+    "top": BASE | {"bus"},
     "__init__": BASE | {"engine", "async_engine", "outputs"},
 }
 EXCEPTIONS = {
@@ -67,6 +68,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "engine": {"tqdm"},
     "async_engine": {"msgspec", "zmq"},
     "server": {"msgspec", "starlette", "uvicorn", "h11", "tqdm"},
+    "top": {"msgspec"},
     "__init__": set(),
 }
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing", "joblib"}

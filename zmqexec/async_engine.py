@@ -23,11 +23,13 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from zmqexec.bus.observer import Observer, engines_of
+from zmqexec.bus.statistics import Snapshot
 from zmqexec.bus.zeromq.endpoints import CONTROL, bind, make_place
 from zmqexec.child import Child
 from zmqexec.config import EngineConfig, SamplingParams, parse_config
 from zmqexec.demo import CHECKPOINT as DEMO_CHECKPOINT
-from zmqexec.errors import DriverDied, EngineClosed, InternalError, StartupError, ZmqexecError, from_info
+from zmqexec.errors import BusError, DriverDied, EngineClosed, InternalError, StartupError, ZmqexecError, from_info
 from zmqexec.frontend import FrontEnd, OpenRequest, Prompt, Sample, load_tokenizer
 from zmqexec.outputs import RequestOutput
 from zmqexec.protocol import (
@@ -99,6 +101,7 @@ class AsyncEngine:
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._config = config
         self._child: Child | None = None
+        self._observer: Observer | None = None
         self._front: FrontEnd | None = None
         self._streams: dict[str, Stream] = {}
         self._counter = itertools.count()
@@ -229,6 +232,15 @@ class AsyncEngine:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             stream.take(None)
+
+    def bus_snapshot(self) -> Snapshot | None:
+        """How the bus stands, read from its shared memory: the driver is not asked. None where there is none to see."""
+        if self._observer is None and self._child is not None and not self._is_closed:
+            with contextlib.suppress(OSError, BusError):  # the driver is dead, or may not be looked at
+                for observer in engines_of(self._child.pid):
+                    self._owned.callback(observer.close)
+                    self._observer = observer
+        return None if self._observer is None or self._is_closed else self._observer.snapshot()
 
     async def wait_dead(self) -> ZmqexecError:
         """Resolves when the engine has died, with the reason."""

@@ -49,6 +49,7 @@ class FakeEngine:
             device="cpu", dtype="float32", eos_token_ids=[EOS],
         )  # fmt: skip
         self.error = None
+        self.bus = None
         self.stats = EngineStats(num_blocks=100)
         self.step_s = step_s
         self.aborted = []
@@ -70,6 +71,9 @@ class FakeEngine:
         self._dead.set()
         for stream in self._streams.values():
             stream.items.put_nowait(error)
+
+    def bus_snapshot(self):
+        return self.bus
 
     async def wait_dead(self):
         await self._dead.wait()

@@ -9,6 +9,8 @@ Runs in: driver | worker.
     zmq_path.py   payloads larger than the ring
     zeromq/       typed messages by ZeroMQ alone, also to other hosts
     status.py     what each rank is doing
+    statistics.py what the bus and its engine have done, in figures
+    observer.py   finding engines and looking at their bus from outside
     extension.py  what every process needs of the C extension, and what stands in for it
     memory.py     files without a name, to share memory by
     cores.py      how many cores there are to spin on

@@ -10,6 +10,7 @@ snapshot may be a record apart.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Self
@@ -58,12 +59,13 @@ class Histogram(Counts):
         """How many durations were recorded."""
         return sum(self.counts)
 
-    def below(self, bound_ns: int) -> int:
-        """How many were shorter than `bound_ns`, which must be where a bucket after the first begins."""
-        for bucket in range(1, len(self.counts)):
-            if bucket_begin_ns(bucket) == bound_ns:
-                return sum(self.counts[:bucket])
-        raise ValueError(f"no bucket begins at {bound_ns} ns")
+    def by_octave(self) -> list[tuple[int, int]]:
+        """(bound_ns, how many were shorter) for every power of two that is the end of a bucket, but for the last."""
+        below = list(itertools.accumulate(self.counts))
+        return [
+            (bucket_begin_ns(bucket), below[bucket - 1])
+            for bucket in range(BUCKETS_PER_OCTAVE, len(self.counts), BUCKETS_PER_OCTAVE)
+        ]
 
     def quantile(self, q: float) -> float | None:
         """The duration in seconds that a share `q` of them does not exceed; None if there are none.

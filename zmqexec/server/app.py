@@ -157,7 +157,8 @@ class Api:
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics, for Prometheus."""
-        return Response(self.metrics.render(self._engine.stats), headers={"content-type": CONTENT_TYPE})
+        page = self.metrics.render(self._engine.stats, self._engine.bus_snapshot())
+        return Response(page, headers={"content-type": CONTENT_TYPE})
 
     async def version(self, request: Request) -> Response:
         """GET /version."""

@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from zmqexec.bus.statistics import Snapshot
 from zmqexec.protocol import EngineStats
+from zmqexec.server.bus_metrics import bus_lines
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -64,8 +66,8 @@ class Metrics:
             "zmqexec_request_queue_time_seconds", "From arrival to the first step.", REQUEST_BUCKETS_S
         )
 
-    def render(self, stats: EngineStats) -> bytes:
-        """The page as it is now."""
+    def render(self, stats: EngineStats, bus: Snapshot | None = None) -> bytes:
+        """The page as it is now; without a bus that can be seen, without its part."""
         usage = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
         gauges = {
             "num_requests_running": ("Sequences in the running batch.", stats.num_running),
@@ -79,6 +81,8 @@ class Metrics:
             "generation_tokens_total": ("Tokens generated.", stats.generation_tokens),
             "preemptions_total": ("Sequences put back because the KV cache was full.", stats.preemptions),
             "steps_total": ("Steps of the engine.", stats.steps),
+            "stale_replies_total": ("Replies that matched no outstanding step, dropped.", stats.stale_replies),
+            "wrong_epoch_replies_total": ("Replies of another epoch, dropped.", stats.wrong_epoch_replies),
         }
         lines: list[str] = []
         for kind, group in (("gauge", gauges), ("counter", counters)):
@@ -89,6 +93,8 @@ class Metrics:
         lines += (f'{name}{{reason="{reason}"}} {count}' for reason, count in self.finished.items())
         for histogram in (self.time_to_first_token, self.inter_token_latency, self.request_latency, self.queue_time):
             lines += histogram.lines()
+        if bus is not None:
+            lines += bus_lines(bus)
         return ("\n".join(lines) + "\n").encode()
 
 
