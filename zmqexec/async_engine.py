@@ -235,12 +235,14 @@ class AsyncEngine:
 
     def bus_snapshot(self) -> Snapshot | None:
         """How the bus stands, read from its shared memory: the driver is not asked. None where there is none to see."""
-        if self._observer is None and self._child is not None and not self._is_closed:
-            with contextlib.suppress(OSError, BusError):  # the driver is dead, or may not be looked at
+        if self._is_closed:
+            return None
+        if self._observer is None and self._child is not None and self.error is None:
+            with contextlib.suppress(OSError, BusError):  # it has ended just now, or may not be looked at
                 for observer in engines_of(self._child.pid):
                     self._owned.callback(observer.close)
                     self._observer = observer
-        return None if self._observer is None or self._is_closed else self._observer.snapshot()
+        return None if self._observer is None else self._observer.snapshot()
 
     async def wait_dead(self) -> ZmqexecError:
         """Resolves when the engine has died, with the reason."""

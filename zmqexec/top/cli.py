@@ -57,7 +57,11 @@ def run(argv: Sequence[str]) -> int:
             if options.list:
                 print_list(engines, options.json)
                 return 0
-            return watch(choose(options.engine, engines), options)
+            chosen = choose(options.engine, engines)
+            for other in engines:
+                if other is not chosen:
+                    other.close()  # or its memory would outlive it for as long as we watch this one
+            return watch(chosen, options)
     except ZmqexecError as error:
         print(f"zmqexec-top: error: {error}", file=sys.stderr)
         return 2
