@@ -17,14 +17,13 @@ import traceback
 import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from zmqexec.bus.observer import Observer, engines_of
-from zmqexec.bus.statistics import Snapshot
+from zmqexec.bus.extension import BUILD_ID
 from zmqexec.bus.zeromq.endpoints import CONTROL, bind, make_place
 from zmqexec.child import Child
 from zmqexec.config import EngineConfig, SamplingParams, parse_config
@@ -46,6 +45,10 @@ from zmqexec.protocol import (
     ToEngine,
 )
 from zmqexec.text import Tokenizer
+
+if TYPE_CHECKING:
+    from zmqexec.bus.observer import Observer
+    from zmqexec.bus.statistics import Snapshot
 
 STOP_GRACE_S = 3.0
 """How long the driver process may take to end its workers and itself."""
@@ -235,8 +238,10 @@ class AsyncEngine:
 
     def bus_snapshot(self) -> Snapshot | None:
         """How the bus stands, read from its shared memory: the driver is not asked. None where there is none to see."""
-        if self._is_closed:
+        if self._is_closed or BUILD_ID == "none":
             return None
+        from zmqexec.bus.observer import engines_of
+
         if self._observer is None and self._child is not None and self.error is None:
             with contextlib.suppress(OSError, BusError):  # it has ended just now, or may not be looked at
                 for observer in engines_of(self._child.pid):

@@ -100,6 +100,10 @@ class Child:
             return False
         return True
 
+    def send_signal(self, number: int) -> None:
+        """No error if it has ended: it is not reaped behind our back, so its pid is nobody else's."""
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """SIGKILL; no error if it has ended."""
         self._process.kill()

@@ -25,6 +25,10 @@ GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing by it would overflow float32 logits."""
 
 MAX_SEED = 2**64 - 1
+
+WaitPolicy = Literal["latency", "balanced", "eco"]
+WAIT_POLICIES: tuple[WaitPolicy, ...] = get_args(WaitPolicy)
+"""In the order of csrc/bus/ring.h."""
 DEMO_NAME = "zmqexec-demo"
 """Of the built-in model, whose folder's name says nothing."""
 
@@ -82,7 +86,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     num_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     transport: Literal["auto", "ring", "zmq"] = "auto"
     ring_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 31)] = 64 << 20
-    wait_policy: Literal["latency", "balanced", "eco"] = "balanced"
+    wait_policy: WaitPolicy = "balanced"
     bus_checksums: bool = False
     stall_warning_s: Annotated[float, Meta(ge=0.0, le=86400.0)] | None = 10.0
     name: Annotated[str, Meta(min_length=1, max_length=63)] | None = None

@@ -10,7 +10,7 @@ import pytest
 
 from zmqexec import _bus
 from zmqexec.bus import ring
-from zmqexec.bus.channel import WAIT_POLICIES
+from zmqexec.config import WAIT_POLICIES
 from zmqexec.errors import BusClosed, BusError
 
 AS_BYTES = (bytes,)

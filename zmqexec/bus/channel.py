@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import msgspec
 
@@ -18,12 +18,9 @@ from zmqexec.bus.cores import usable_cores
 from zmqexec.bus.link import Inbox, Outbox
 from zmqexec.bus.ring import slots_for
 from zmqexec.bus.status import Phase, WorkerStatus
+from zmqexec.config import WAIT_POLICIES, WaitPolicy
 from zmqexec.errors import BusClosed
 from zmqexec.protocol import EngineStats, ToDriver, ToWorker
-
-WaitPolicy = Literal["latency", "balanced", "eco"]
-WAIT_POLICIES: tuple[str, ...] = get_args(WaitPolicy)
-"""In the order of csrc/bus/ring.h."""
 
 MAX_NAME_BYTES = 63
 

@@ -13,21 +13,26 @@ import dataclasses
 import itertools
 import time
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from zmqexec import _bus
-from zmqexec.bus.channel import WAIT_POLICIES
 from zmqexec.bus.status import Phase, WorkerStatus
+from zmqexec.config import WAIT_POLICIES
 from zmqexec.protocol import EngineStats
 
+if TYPE_CHECKING:
+    from zmqexec import _bus
+
 NS_PER_S = 1_000_000_000
+BUCKET_FIRST_OCTAVE = 8
+"""As in csrc/bus/layout.h. Not asked of the extension, which some platforms do not have."""
+
 BUCKETS_PER_OCTAVE = 4
 
 
 def bucket_begin_ns(bucket: int) -> int:
     """The shortest duration that a histogram counts in `bucket`; the first bucket takes all shorter ones too."""
     octave, quarter = divmod(bucket, BUCKETS_PER_OCTAVE)
-    return (BUCKETS_PER_OCTAVE + quarter) << (_bus.BUCKET_FIRST_OCTAVE + octave) >> 2
+    return (BUCKETS_PER_OCTAVE + quarter) << (BUCKET_FIRST_OCTAVE + octave) >> 2
 
 
 @dataclass(frozen=True, slots=True)

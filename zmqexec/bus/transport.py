@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from zmqexec.bus.extension import BUILD_ID
 from zmqexec.bus.status import Phase, WorkerStatus
+from zmqexec.config import WaitPolicy
 from zmqexec.errors import BusError
-from zmqexec.protocol import ToDriver, ToWorker
-
-if TYPE_CHECKING:
-    from zmqexec.bus.channel import WaitPolicy
+from zmqexec.protocol import EngineStats, ToDriver, ToWorker
 
 Transport = Literal["auto", "ring", "zmq"]
 
@@ -42,6 +40,7 @@ class DriverEnd(Protocol):
         """(arguments, file descriptors to inherit) with which rank `rank`'s process calls `open_worker_channel`."""
         ...
 
+    def set_gauges(self, stats: EngineStats) -> None: ...
     def close(self) -> None: ...
 
 

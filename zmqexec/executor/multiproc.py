@@ -99,7 +99,9 @@ class MultiprocExecutor:
                     "tp_size": tp_size,
                     "epoch": self._epoch,
                     "join_timeout_s": self._config.start_timeout_s,
-                    "collective_timeout_s": self._config.step_timeout_s,
+                    # Clearly longer than the driver's own patience: who holds a step up, the driver can tell, and a
+                    # rank that waits for its peers cannot.
+                    "collective_timeout_s": 2 * self._config.step_timeout_s + 1.0,
                 }
                 bus_arguments, bus_fds = self._channel.attachment(rank)
                 self._group.spawn(rank, arguments | bus_arguments, {**bus_fds, "store_fd": self._store_fd})

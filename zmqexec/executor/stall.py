@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -63,7 +62,7 @@ class StallWatch:
                 print(line, file=sys.stderr, flush=True)
         if can_answer:
             with contextlib.suppress(OSError):  # it has died since
-                signal.pidfd_send_signal(culprit.child.pidfd, DUMP_SIGNAL)
+                culprit.child.send_signal(DUMP_SIGNAL)
 
     def error(self, step_id: int) -> WorkerStalled:
         """The end of the driver's patience."""

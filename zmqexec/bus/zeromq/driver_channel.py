@@ -29,7 +29,7 @@ from zmqexec.bus.zeromq.keys import DriverKeys
 from zmqexec.bus.zeromq.lane import LaneSender, Window, shareable
 from zmqexec.bus.zeromq.wake import Gate, deadline_after, leave_in, poll_ms, take_turn
 from zmqexec.errors import BusError, BusTimeout, ConfigError
-from zmqexec.protocol import ToDriver, ToWorker
+from zmqexec.protocol import EngineStats, ToDriver, ToWorker
 
 CHECK_S = 0.01
 """How long a publish that waits may go without looking at what else its caller has to see to."""
@@ -230,6 +230,9 @@ class ZmqDriverChannel:
         """Make a waiting `receive` return and a waiting `publish` call its check. From any thread, also when closed."""
         self._end.woken = True
         self._end.wake()
+
+    def set_gauges(self, stats: EngineStats) -> None:
+        """There is no shared page to show them on."""
 
     def attachment(self, rank: int) -> tuple[dict[str, Any], dict[str, int]]:
         """What a worker of this machine needs to connect: arguments, and file descriptors to inherit."""
