@@ -24,6 +24,16 @@
 #ifndef READERS
 #define READERS 1
 #endif
+#if READERS > 1
+#define READER_2(what) what
+#else
+#define READER_2(what) skip
+#endif
+#if READERS > 2
+#define READER_3(what) what
+#else
+#define READER_3(what) skip
+#endif
 #ifndef RECORDS
 #define RECORDS 3
 #endif
@@ -39,21 +49,19 @@
 
 /* ---- the machine ---- */
 
-/* CPUs, by the process that runs there: the writer 0, the readers 1 to READERS, the driver's watcher thread last. */
+/* CPUs, by the process that runs there: the writer 0, the readers 1 to READERS. */
 #define WRITER 0
-#define WATCHER (READERS + 1)
-#define CPUS (READERS + 2)
+#define CPUS (READERS + 1)
 
 /* Words of shared memory. A slot is two words, because a copy is not one access. LOST is the driver's own flag. */
 #define TAIL 0
 #define CLOSED 1
 #define LOST 2
-#define VALUE(bell) (3 + (bell))
-#define WAITERS(bell) (5 + (bell))
-#define HEAD(reader) (6 + (reader))
-#define LOW(slot) (7 + READERS + 2 * (slot))
-#define HIGH(slot) (8 + READERS + 2 * (slot))
-#define WORDS (7 + READERS + 2 * SLOTS)
+#define WAITERS(bell) (3 + (bell))
+#define HEAD(reader) (4 + (reader))
+#define LOW(slot) (5 + READERS + 2 * (slot))
+#define HIGH(slot) (6 + READERS + 2 * (slot))
+#define WORDS (5 + READERS + 2 * SLOTS)
 #define ADD 32     /* + word: the entry adds its value */
 #define RELEASE 64 /* + word: everything before it must be in memory first */
 
@@ -71,9 +79,13 @@ typedef store_buffer {
 byte memory[WORDS];
 store_buffer buffers[CPUS];
 
-bit parked[CPUS]; /* asleep in futex_wait: the readers on the worker bell, the writer on the space bell */
-bit dead[CPUS];
-byte running = READERS + 1; /* writer and readers that have not come to their end */
+/* A bell's value only grows and is only compared with what a waiter has seen. So it is not a number here but, for each
+ * waiter, one bit: incremented since it looked. The readers wait on the worker bell, the writer on the space bell. */
+bit rung[CPUS];
+bit parked[CPUS]; /* asleep in futex_wait */
+byte running = CPUS; /* processes that have not come to their end */
+
+chan kill = [0] of { byte };
 
 /* For the assertions only. */
 byte consumed[CPUS]; /* slots whose content the reader has read */
@@ -109,40 +121,22 @@ inline store(name, what)
 
 #define add(name, what) store(ADD + (name), what) /* read-modify-write, relaxed; 255 is -1 */
 #define store_release(name, what) store(RELEASE + (name), what)
-#define add_release(name, what) store(RELEASE + ADD + (name), what)
 #define fence() count_ == 0 /* seq_cst */
 
-/* The kernel's futex: comparing and falling asleep are one step (it holds the bucket's lock, as a wake does), and both
- * calls are full barriers before they look (kernel/futex/waitwake.c counts on it and says so). */
-inline futex_wait(bell)
-{
-    atomic {
-        count_ == 0;
-        if
-        :: memory[VALUE(bell)] == seen -> parked[me] = 1
-        :: else
-        fi
-    };
-    !parked[me]
-}
+#define look_at_bell() rung[me] = 0 /* seen = value */
 
-inline futex_wake(bell)
-{
-    d_step {
-        count_ == 0;
-        if
-        :: bell == SPACE_BELL -> parked[WRITER] = 0
-        :: else ->
-            parked[1] = 0;
-#if READERS > 1
-            parked[2] = 0;
-#endif
-#if READERS > 2
-            parked[3] = 0;
-#endif
-        fi
-    }
-}
+#define for_all_waiters(bell, array, what)                                                                             \
+    if                                                                                                                 \
+    :: bell == SPACE_BELL -> array[WRITER] = what                                                                      \
+    :: else -> array[1] = what; READER_2(array[2] = what); READER_3(array[3] = what)                                   \
+    fi
+
+/* The kernel's futex: comparing and falling asleep are one step (it holds the bucket's lock, as a wake does), and both
+ * calls are full barriers before they look (kernel/futex/waitwake.c counts on it and says so). For the wake that means:
+ * the increment of the bell before it, which waits for what the buffer holds (release), is in memory, as if at once. */
+#define futex_wait() atomic { count_ == 0 -> parked[me] = !rung[me] }; !parked[me]
+#define increment(bell) d_step { count_ == 0 -> for_all_waiters(bell, rung, 1) }
+#define futex_wake(bell) d_step { for_all_waiters(bell, parked, 0) }
 
 #define fits(entry, reader)                                                                                            \
     assert(plain(entry) < LOW(0) || buffers[me].value[entry] <= consumed[reader] + SLOTS)
@@ -151,12 +145,8 @@ inline futex_wake(bell)
 inline to_memory(entry)
 {
     fits(entry, 1);
-#if READERS > 1
-    fits(entry, 2);
-#endif
-#if READERS > 2
-    fits(entry, 3);
-#endif
+    READER_2(fits(entry, 2));
+    READER_3(fits(entry, 3));
     memory[plain(entry)] = (buffers[me].value[entry] + (is_add(entry) -> memory[plain(entry)] : 0)) & 255
 }
 
@@ -166,8 +156,8 @@ inline to_memory(entry)
 
 #define forget_last()                                                                                                  \
     count_--;                                                                                                          \
-    buffers[me].word[DEPTH - 1] = 0;                                                                                   \
-    buffers[me].value[DEPTH - 1] = 0
+    buffers[me].word[count_] = 0;                                                                                      \
+    buffers[me].value[count_] = 0
 
 #define passes(entry, earlier) (plain(entry) != plain(earlier))
 #define may_overtake(entry) (count_ > entry && !(buffers[me].word[entry] & RELEASE))
@@ -190,50 +180,55 @@ end:
 /* An `atomic` below holds at most one look at what others write, and steps that are the process's own (its variables,
  * its buffer): the others cannot tell, and there are fewer states. */
 
+#ifdef NO_RINGER_FENCE
+#define fence_of_ringer() skip
+#else
+#define fence_of_ringer() fence()
+#endif
+#ifdef NO_WAITER_FENCE
+#define fence_of_waiter() skip
+#else
+#define fence_of_waiter() fence()
+#endif
+
 /* After the caller's change of a word. */
 inline ring(bell)
 {
-    atomic {
-#ifndef NO_RINGER_FENCE
-        fence();
-#endif
-        load(seen, WAITERS(bell));
-        if
-        :: seen == 0
-        :: else -> seen = 0; add_release(VALUE(bell), 1); futex_wake(bell)
-        fi
-    }
+    do
+    :: atomic {
+            fence_of_ringer();
+            load(waiters, WAITERS(bell));
+            if
+            :: waiters == 0 -> break
+            :: else -> waiters = 0
+            fi
+        }
+        increment(bell);
+        futex_wake(bell);
+        break
+    od
 }
 
-/* What follows a check that was not satisfied, up to the next check. The first time: perhaps spin (check again without
- * touching the bell), or register; from then on, sleep. `seen` is what the bell's value was before the check. */
+/* What follows a check that was not satisfied, up to the next check. The first time: register (or spin, which is to
+ * check again without touching the bell); from then on, sleep. */
 inline pause(bell)
 {
     if
-    :: !registered ->
+    :: atomic { !registered -> registered = 1; add(WAITERS(bell), 1); fence_of_waiter(); look_at_bell() }
 #ifdef SPIN
-        if
-        :: goto look
-        :: skip
-        fi;
+    :: !registered
 #endif
-        add(WAITERS(bell), 1);
-        registered = 1;
-#ifndef NO_WAITER_FENCE
-        fence()
-#endif
-    :: else ->
 #ifdef SEEN_LATE
-        load(seen, VALUE(bell));
+    :: registered -> look_at_bell(); futex_wait()
+#else
+    :: registered -> futex_wait(); look_at_bell()
 #endif
-        futex_wait(bell)
-    fi;
-    load(seen, VALUE(bell))
+    fi
 }
 
 inline unregister(bell)
 {
-    seen = 0;
+    rung[me] = 0;
     if
     :: registered -> registered = 0; add(WAITERS(bell), 255)
     :: else
@@ -249,8 +244,9 @@ inline fill()
     do
     :: k < size_of(record) ->
         store(LOW((position + k) % SLOTS), position + k + 1);
-        atomic { store(HIGH((position + k) % SLOTS), position + k + 1); k++ }
-    :: atomic { k == size_of(record) -> k = 0; break }
+        store(HIGH((position + k) % SLOTS), position + k + 1);
+        k++
+    :: else -> k = 0; break
     od
 }
 
@@ -265,72 +261,107 @@ inline publish()
 
 proctype writer(byte me)
 {
-    byte position, record, free_from, slowest, head, seen, k;
+    byte position, record, free_from, slowest, head, waiters, k;
     bit registered, lost;
 
     {
 look:
         do
-        :: atomic { record == RECORDS -> goto close }
-        :: atomic { record < RECORDS && has_room() -> break }
-        :: record < RECORDS && !has_room() ->
-            atomic {
+        :: atomic {
+                record < RECORDS && has_room() ->
+                unregister(SPACE_BELL);
+#ifdef PUBLISH_EARLY
+                publish();
+                fill();
+#else
+                fill();
+                publish();
+#endif
+                position = position + size_of(record);
+                record++
+            }
+            ring(WORKER_BELL)
+        :: atomic { record == RECORDS -> break }
+        :: atomic {
+                record < RECORDS && !has_room() ->
                 load(lost, LOST);
                 if
-                :: lost -> goto close
-                :: else
-                fi;
-                slowest = position;
-                k = 1
+                :: lost -> break
+                :: else -> slowest = position; k = 1
+                fi
             }
             do
             :: atomic {
-                    k <= READERS ->
                     load(head, HEAD(k));
                     slowest = (head < slowest -> head : slowest);
                     head = 0;
-                    k++
-               }
-            :: atomic { k > READERS -> k = 0; break }
+                    k++;
+                    if
+                    :: k <= READERS
+                    :: else ->
+                        free_from = slowest;
+                        slowest = 0;
+                        k = 0;
+                        if
+                        :: has_room() -> goto look
+                        :: else -> break
+                        fi
+                    fi
+                }
             od;
-            atomic {
-                free_from = slowest;
-                slowest = 0;
-                if
-                :: has_room() -> break
-                :: else -> pause(SPACE_BELL)
-                fi
-            }
+            pause(SPACE_BELL)
         od;
-        atomic { unregister(SPACE_BELL) }
-#ifdef PUBLISH_EARLY
-        publish();
-        fill();
-#else
-        fill();
-        publish();
-#endif
-        atomic { position = position + size_of(record); record++ }
-        ring(WORKER_BELL);
-        goto look;
-close:
         atomic { unregister(SPACE_BELL); published = position; store_release(CLOSED, 1) }
 #ifndef SILENT_CLOSE
         ring(WORKER_BELL);
 #endif
         skip
-    } unless { dead[me] };
-    d_step { parked[me] = 0; running-- }
+    } unless {
+        /* Stores enter the buffer in one go above: who is killed between two of them has not done the later ones. */
+        atomic {
+            kill?eval(me);
+            do
+            :: count_ > 0 -> forget_last()
+            :: break
+            od
+        }
+    };
+    d_step {
+        position = 0; record = 0; free_from = 0; slowest = 0; head = 0; waiters = 0; k = 0; registered = 0; lost = 0;
+        parked[me] = 0;
+        rung[me] = 0;
+        running--
+    }
 }
 
-inline free(position_after)
+inline look_at_ring()
 {
-    store_release(HEAD(me), position_after)
+    load(tail, TAIL);
+    if
+    :: tail != position ->
+        assert(tail >= position + size_of(record)); /* what is published are whole records */
+        tail = 0;
+        closed = 0;
+        unregister(WORKER_BELL);
+#ifdef FREE_EARLY
+        store_release(HEAD(me), position + size_of(record));
+#endif
+        goto copy
+    :: else -> tail = 0
+    fi
+}
+
+inline stop_if_closed()
+{
+    if
+    :: closed -> goto stop
+    :: else
+    fi
 }
 
 proctype reader(byte me)
 {
-    byte position, record, tail, seen, k, half;
+    byte position, record, tail, waiters, k, half;
     bit registered, closed;
 
     {
@@ -338,32 +369,17 @@ look:
         do
         ::
 #ifdef CLOSED_LATE
-            load(tail, TAIL);
-            load(closed, CLOSED);
+            atomic { look_at_ring() }
+            atomic { load(closed, CLOSED); stop_if_closed() }
 #else
             load(closed, CLOSED);
-            load(tail, TAIL);
+            atomic { look_at_ring(); stop_if_closed() }
 #endif
-            atomic {
-                if
-                :: tail != position -> break
-                :: tail == position && closed -> goto stop
-                :: else -> tail = 0; pause(WORKER_BELL)
-                fi
-            }
+            pause(WORKER_BELL)
         od;
-        atomic {
-            assert(tail >= position + size_of(record)); /* what is published are whole records */
-            tail = 0;
-            closed = 0;
-            unregister(WORKER_BELL)
-        }
-#ifdef FREE_EARLY
-        free(position + size_of(record));
-#endif
+copy:
         do
-        :: k < size_of(record) ->
-            atomic {
+        :: atomic {
                 load(half, LOW((position + k) % SLOTS));
                 assert(half == position + k + 1) /* not torn, lost, doubled or out of order */
             }
@@ -371,49 +387,65 @@ look:
                 load(half, HIGH((position + k) % SLOTS));
                 assert(half == position + k + 1);
                 half = 0;
-                k++
-            }
-        :: atomic { k == size_of(record) -> k = 0; break }
-        od;
-        atomic { position = position + size_of(record); record++; consumed[me] = position }
+                k++;
+                if
+                :: k < size_of(record)
+                :: else ->
+                    k = 0;
+                    position = position + size_of(record);
+                    record++;
+                    consumed[me] = position;
 #ifndef FREE_EARLY
-        free(position);
+                    store_release(HEAD(me), position);
 #endif
+                    break
+                fi
+            }
+        od;
         ring(SPACE_BELL);
         goto look;
 stop:
         atomic {
-            tail = 0;
-            closed = 0;
-            unregister(WORKER_BELL);
-            assert(position == published) /* what was published before the close has arrived */
+            assert(position == published); /* what was published before the close has arrived */
+            unregister(WORKER_BELL)
         }
-    } unless { dead[me] };
-    d_step { parked[me] = 0; running-- }
+    } unless { kill?eval(me) };
+    d_step {
+        position = 0; record = 0; tail = 0; waiters = 0; k = 0; half = 0; registered = 0; closed = 0;
+        parked[me] = 0;
+        rung[me] = 0;
+        running--
+    }
 }
 
 /* ---- what comes from outside ---- */
 
 #ifdef READER_DIES
-/* At most one reader is killed. The kernel takes it off the futex's queue; its `waiters` stays. The driver's watcher
- * thread learns of it when it learns of it, sets the driver's flag and rings. */
-proctype fate(byte me)
+/* At most one reader is killed, or none. The kernel takes it off the futex's queue; its `waiters` stays. The driver's
+ * watcher thread learns of it when it learns of it, sets the driver's flag and rings. Its fence follows that store at
+ * once, so its buffer can be left out: nobody can tell it from a slower thread. */
+proctype watcher()
 {
-    byte seen;
+    bit waiters;
 
     if
     :: goto nobody
-    :: dead[1] = 1
+    :: kill!1
 #if READERS > 1
-    :: dead[2] = 1
+    :: kill!2
 #endif
 #if READERS > 2
-    :: dead[3] = 1
+    :: kill!3
 #endif
     fi;
-    store_release(LOST, 1);
+    memory[LOST] = 1;
 #ifndef SILENT_WATCHER
-    ring(SPACE_BELL);
+    atomic { waiters = (memory[WAITERS(SPACE_BELL)] != 0) }
+    if
+    :: atomic { waiters -> waiters = 0; for_all_waiters(SPACE_BELL, rung, 1) }
+        futex_wake(SPACE_BELL)
+    :: else
+    fi;
 #endif
 nobody:
     skip
@@ -421,17 +453,22 @@ nobody:
 #endif
 
 #ifdef WRITER_DIES
-/* The driver is killed, or not; each worker's death watch ends its process when it notices. */
-proctype fate(byte me)
+/* The driver is killed, or not; then each worker's death watch ends its process when it notices. */
+proctype death_watch()
 {
     if
     :: goto nobody
-    :: dead[WRITER] = 1
+    :: kill!WRITER
     fi;
-    me = 1;
+end:
     do
-    :: me <= READERS -> dead[me] = 1; me++
-    :: else -> break
+    :: kill!1
+#if READERS > 1
+    :: kill!2
+#endif
+#if READERS > 2
+    :: kill!3
+#endif
     od;
 nobody:
     skip
@@ -443,22 +480,14 @@ nobody:
 proctype spurious()
 {
     byte times;
-end:
+
     do
-    :: times < SPURIOUS ->
-        if
-        :: atomic { parked[WRITER] -> parked[WRITER] = 0 }
-        :: atomic { parked[1] -> parked[1] = 0 }
+    :: atomic { times < SPURIOUS && parked[WRITER] -> parked[WRITER] = 0; times++ }
+    :: atomic { times < SPURIOUS && parked[1] -> parked[1] = 0; times++ }
 #if READERS > 1
-        :: atomic { parked[2] -> parked[2] = 0 }
+    :: atomic { times < SPURIOUS && parked[2] -> parked[2] = 0; times++ }
 #endif
-#if READERS > 2
-        :: atomic { parked[3] -> parked[3] = 0 }
-#endif
-        :: times = SPURIOUS
-        fi;
-        times++
-    :: else -> break
+    :: break
     od
 }
 #endif
@@ -475,11 +504,11 @@ init
         :: i <= READERS -> run reader(i); run cpu(i); i++
         :: else -> i = 0; break
         od;
-#if defined(READER_DIES) || defined(WRITER_DIES)
-        run fate(WATCHER);
-#endif
 #ifdef READER_DIES
-        run cpu(WATCHER);
+        run watcher();
+#endif
+#ifdef WRITER_DIES
+        run death_watch();
 #endif
 #if SPURIOUS
         run spurious();
