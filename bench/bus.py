@@ -159,7 +159,7 @@ class Run:
                 names = list(group.hosts)
                 # The order turns, so that none always follows the same other.
                 for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
-                    self._turn(group, name, num_readers, answers)
+                    self._turn(group, name, num_readers, repetition, answers)
                 self._say(num_readers, f"repetition {repetition + 1} of {self._plan.repetitions} is done")
         for (name, cell), found in answers.items():
             self.rows.append(make_row(name, num_readers, cell, found))
@@ -173,13 +173,14 @@ class Run:
         group: HostGroup,
         name: str,
         num_readers: int,
+        repetition: int,
         answers: dict[tuple[str, plan.Cell], list[dict[str, Any]]],
     ) -> None:
         host = group.hosts[name]
         host.go()
         time.sleep(self._peers[name].settle_s)
         try:
-            for cell in self._plan.cells(self._peers[name], num_readers):
+            for cell in self._plan.cells(self._peers[name], num_readers, repetition):
                 answers[name, cell].append(host.ask(cell.command(num_readers), cell.deadline_s))
         except HostFailed as error:
             self._give_up(group, name, num_readers, str(error))

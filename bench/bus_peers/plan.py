@@ -13,8 +13,8 @@ from bus_peers.registry import Entry
 KIB, MIB = 1 << 10, 1 << 20
 USUAL_BYTES = 4 * KIB  # of paced steps and of those after silence
 NEAR_READERS = (1, 2)
+MAX_FAR_SILENCES = 2
 SLACK_S = 40.0
-SAMPLE_AT_MOST_S = 1.0  # a round trip that takes longer than this ends the measurement by its deadline
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Plan:
     budget_s      of a back-to-back cell, per repetition
     max_samples   of such a cell, per repetition
     paced         steps per repetition by period in ms
-    silences      of two seconds, per repetition; of the transports beside ours and the bare ones at most one
+    silences      of two seconds, per repetition, with one reader. With two, and for transports that are not `near`, at
+                  most one, for the latter in no more than `MAX_FAR_SILENCES` repetitions: they take the most time
     """
 
     repetitions: int
@@ -61,8 +62,8 @@ class Plan:
     min_large_samples: int = 3
     max_samples: int = 5000
 
-    def cells(self, entry: Entry, num_readers: int) -> list[Cell]:
-        """What is measured of a transport in one turn."""
+    def cells(self, entry: Entry, num_readers: int, repetition: int) -> list[Cell]:
+        """What is measured of a transport in its turn."""
         cells = []
         for num_bytes in self.payloads:
             for replies in ("all", "rank 0") if num_readers > 1 else ("all",):
@@ -77,8 +78,9 @@ class Plan:
             for period_ms, count in self.paced.items():
                 pace = (("period_s", period_ms / 1000), ("count", count))
                 cells.append(Cell("paced", USUAL_BYTES, "all", period_ms, pace, count * period_ms / 1000))
-            silences = self.silences if entry.near else min(1, self.silences)
-            cells.append(Cell("silence", USUAL_BYTES, "all", None, (("count", silences),), 2.0 * silences))
+            silences = self.silences if entry.near and num_readers == 1 else 1
+            if entry.near or repetition < MAX_FAR_SILENCES:
+                cells.append(Cell("silence", USUAL_BYTES, "all", None, (("count", silences),), 2.0 * silences))
         return cells
 
 
