@@ -44,4 +44,10 @@ def make_reply(step: StepInput) -> StepOutput:
     return StepOutput(EPOCH, step.step_id, TOKENS)
 
 
+def answer(data: bytes, rank: int) -> bytes | None:
+    """The encoded reply to an encoded step, None if `rank` sends none."""
+    step = decode_step.decode(data)
+    return encode(make_reply(step)) if wants_reply(step, rank) else None
+
+
 assert len(encode(make_reply(make_steps(256, 1, 1)[0]))) == REPLY_BYTES
