@@ -44,6 +44,28 @@ async def collect(outputs: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
     return [output async for output in outputs]
 
 
+def test_the_bus_can_be_seen_until_the_engine_is_closed(run) -> None:  # type: ignore[no-untyped-def]
+    async def check(engine: AsyncEngine) -> None:
+        before = engine.bus_snapshot()
+        await settled(engine)
+        after = engine.bus_snapshot()
+        assert before is not None and after is not None
+        assert after.engine.steps > before.engine.steps and after.engine.num_running == 0
+        assert after.driver_pid == roles(psutil.Process())["driver"].pid and len(after.ranks) == 1
+
+    async def ends() -> None:
+        async with await AsyncEngine.start(num_threads=1) as engine:
+            seen = engine.bus_snapshot()
+            assert seen is not None
+            psutil.Process(seen.driver_pid).kill()
+            await engine.wait_dead()
+            assert engine.bus_snapshot() is not None, "how it stood when it died"
+        assert engine.bus_snapshot() is None
+
+    run(check)
+    asyncio.run(ends())
+
+
 def test_cumulative_delta_and_final_tell_the_same_story(run) -> None:  # type: ignore[no-untyped-def]
     async def check(engine: AsyncEngine) -> None:
         cumulative = await collect(engine.generate("12+30=", SHORT))

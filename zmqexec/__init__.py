@@ -5,6 +5,7 @@
     bus       bus/, csrc/bus/           the shared-memory ring that carries the messages of protocol.py
     worker    worker/                   one process per rank: model shard, KV cache, sampler
     server    async_engine.py, server/  the same over ZeroMQ to a driver process, and HTTP on top
+    top       top/                      watches a running engine from outside: it only reads shared memory
 
 Glossary. A **request** is a prompt and how to sample from it; each of its n samples is a **sequence**. A **step** is
 one forward pass over a batch; in it a sequence either **prefills** a chunk of known tokens or **decodes** one token.

@@ -1,6 +1,6 @@
 """The C extension: shared memory, records, waiting. `zmqexec.bus` is what the rest of the package uses.
 
-Runs in: driver | worker.
+Runs in: driver | worker | server, and in `zmqexec-top`, which only observe.
 """
 
 from collections.abc import Callable

@@ -86,7 +86,7 @@ struct bus_driver_status {
     _Atomic uint64_t blocked_ns; /* spent waiting for slots */
     _Atomic uint64_t checksum_failures;
     struct bus_waits waits;                                           /* for replies */
-    alignas(BUS_LINE_BYTES) _Atomic uint64_t gauges[BUS_NUM_GAUGES]; /* the engine's figures: bus/statistics.py */
+    alignas(BUS_LINE_BYTES) _Atomic uint64_t gauges[BUS_NUM_GAUGES]; /* EngineStats of protocol.py */
     _Atomic uint64_t gauges_ns;                                      /* CLOCK_MONOTONIC of the last set */
 };
 

@@ -1,6 +1,6 @@
 """The message bus between the driver and its workers: shared memory first, ZeroMQ where that is not to be had.
 
-Runs in: driver | worker.
+Runs in: driver | worker; statistics.py and observer.py also in whoever watches: server, `zmqexec-top`.
 
     transport.py  chooses between the two below                    <- what the rest of the package uses
     channel.py    typed messages by shared memory: DriverChannel, WorkerChannel
