@@ -13,7 +13,7 @@ LAYOUT_VERSION: Final[int]
 BUCKET_FIRST_OCTAVE: Final[int]  # histograms have four buckets to an octave, from 2**this nanoseconds
 NUM_BUCKETS: Final[int]
 
-Decoders = tuple[Callable[[memoryview], Any], ...]
+Decoders = tuple[Callable[[Any], Any], ...]  # of something with the buffer protocol
 Waits = tuple[int, int, int, int]  # spun, parked, spun_ns, parked_ns
 RankStatistics = tuple[
     int,  # attached_ns
@@ -110,10 +110,11 @@ class Segment:
     def read(self, decoders: Decoders, timeout_s: float, /) -> Any:
         """`decoders[kind](payload)` of the next record, waiting at most `timeout_s` for one, without the GIL.
 
-        The driver gets (rank, that), ranks in turn. The payload is a view of the ring itself, which a decoder must not
-        keep. None at the deadline, or for a `wake`. An exception of the decoder is raised here, and its record is
-        gone. BusClosed: the driver closed and everything it published was read. ProtocolError: the record is damaged
-        or of an unknown kind; where damaged it stays, and so does the error.
+        The driver gets (rank, that), ranks in turn. The payload is an object with the buffer protocol that shows the
+        ring itself; BufferError, for good, if a decoder keeps a view of it. None at the deadline, or for a `wake`. An
+        exception of the decoder is raised here, and its record is gone. BusClosed: the driver closed and everything it
+        published was read. ProtocolError: the record is damaged or of an unknown kind; where damaged it stays, and so
+        does the error.
         """
 
     def wake(self) -> None:

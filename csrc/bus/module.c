@@ -8,7 +8,7 @@
 #define ZMQEXEC_BUILD_ID "unknown"
 #endif
 
-PyObject *BusError, *BusClosed, *ProtocolError, *bus_release_name;
+PyObject *BusError, *BusClosed, *ProtocolError;
 unsigned bus_fork_count;
 
 static void count_fork(void)
@@ -59,9 +59,9 @@ PyMODINIT_FUNC PyInit__bus(void)
     BusError = PyObject_GetAttrString(errors, "BusError");
     BusClosed = PyObject_GetAttrString(errors, "BusClosed");
     ProtocolError = PyObject_GetAttrString(errors, "ProtocolError");
-    bus_release_name = PyUnicode_InternFromString("release");
     Py_DECREF(errors);
-    if (bus_release_name == NULL || BusError == NULL || BusClosed == NULL || ProtocolError == NULL || PyType_Ready(&bus_segment_type) < 0)
+    if (BusError == NULL || BusClosed == NULL || ProtocolError == NULL || PyType_Ready(&bus_segment_type) < 0 ||
+        PyType_Ready(&bus_payload_type) < 0)
         return NULL;
 
     errno = pthread_atfork(NULL, NULL, count_fork);

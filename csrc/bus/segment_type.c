@@ -89,10 +89,17 @@ static void close_segment(Segment *self)
 static Segment *new_segment(PyTypeObject *type)
 {
     Segment *self = (Segment *)type->tp_alloc(type, 0);
-    if (self != NULL) {
-        self->fd = -1;
-        self->fork_count = bus_fork_count;
+    if (self == NULL)
+        return NULL;
+    self->fd = -1;
+    self->fork_count = bus_fork_count;
+    self->payload = PyObject_New(Payload, &bus_payload_type);
+    if (self->payload == NULL) {
+        Py_DECREF(self);
+        return NULL;
     }
+    self->payload->data = NULL;
+    self->payload->num_views = 0;
     return self;
 }
 
@@ -185,6 +192,7 @@ static PyObject *segment_observe(PyObject *type, PyObject *args)
 static void segment_dealloc(Segment *self)
 {
     close_segment(self);
+    Py_XDECREF(self->payload);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -344,31 +352,58 @@ static PyObject *segment_write(Segment *self, PyObject *const *args, Py_ssize_t 
 
 /* ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────── */
 
+static int payload_get(Payload *self, Py_buffer *view, int flags)
+{
+    if (self->data == NULL) {
+        PyErr_SetString(PyExc_BufferError, "a record's payload can be looked at only while it is decoded");
+        view->obj = NULL;
+        return -1;
+    }
+    if (PyBuffer_FillInfo(view, (PyObject *)self, (char *)(uintptr_t)self->data, self->length, 1, flags) < 0)
+        return -1;
+    self->num_views++;
+    return 0;
+}
+
+static void payload_release(Payload *self, Py_buffer *view)
+{
+    (void)view;
+    self->num_views--;
+}
+
+static PyBufferProcs payload_buffer = {(getbufferproc)payload_get, (releasebufferproc)payload_release};
+
+PyTypeObject bus_payload_type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "zmqexec._bus.Payload",
+    .tp_doc = "The payload of a record, while it is decoded.",
+    .tp_basicsize = sizeof(Payload),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .tp_as_buffer = &payload_buffer,
+};
+
 /* Decode the record in place, with the GIL held and its slots still ours. */
-static PyObject *decode(Segment *self, PyObject *decoders, const struct bus_record *record, const uint8_t *payload)
+static PyObject *decode(Segment *self, PyObject *decoders, const struct bus_record *record, const uint8_t *data)
 {
     if (record->kind >= (size_t)PyTuple_GET_SIZE(decoders)) {
         PyErr_Format(ProtocolError, "a record of unknown kind %u", (unsigned int)record->kind);
         return NULL;
     }
-    PyObject *view = PyMemoryView_FromMemory((char *)(uintptr_t)payload, (Py_ssize_t)record->length, PyBUF_READ);
-    if (view == NULL)
-        return NULL;
+    Payload *payload = self->payload;
+    payload->data = data;
+    payload->length = (Py_ssize_t)record->length;
     self->is_reading = true; /* the decoder may run anything, also a garbage collector that closes us */
-    PyObject *decoded = PyObject_CallOneArg(PyTuple_GET_ITEM(decoders, record->kind), view);
-    PyObject *type = NULL, *value = NULL, *traceback = NULL;
-    if (decoded == NULL)
-        PyErr_Fetch(&type, &value, &traceback);
-    PyObject *released = PyObject_CallMethodNoArgs(view, bus_release_name);
+    PyObject *decoded = PyObject_CallOneArg(PyTuple_GET_ITEM(decoders, record->kind), (PyObject *)payload);
     self->is_reading = false;
-    Py_DECREF(view);
-    if (released == NULL)
-        Py_CLEAR(decoded);
-    else
-        Py_DECREF(released);
-    if (type != NULL)
-        PyErr_Restore(type, value, traceback);
-    return decoded;
+    payload->data = NULL;
+    if (payload->num_views == 0)
+        return decoded;
+    /* Whatever was kept would show the next record's bytes, or end the process once the ring is unmapped. The mapping
+     * stays for good, and so does this error. */
+    self->num_inside++;
+    Py_CLEAR(decoded);
+    PyErr_SetString(PyExc_BufferError, "a decoder kept a view of its payload");
+    return NULL;
 }
 
 /* Take the next record of reader `index`: BUS_OK with its decoded payload, which is NULL with an exception set where it

@@ -7,15 +7,25 @@
 
 #include "ring.h"
 
-/* Exceptions of zmqexec.errors; "release"; how many forks lie between the interpreter's start and this process. */
-extern PyObject *BusError, *BusClosed, *ProtocolError, *bus_release_name;
+/* Exceptions of zmqexec.errors; how many forks lie between the interpreter's start and this process. */
+extern PyObject *BusError, *BusClosed, *ProtocolError;
 extern unsigned bus_fork_count;
 
 #define METHOD(function) ((PyCFunction)(void (*)(void))(function))
 
+/* What a decoder gets: the payload of one record, where it lies, by the buffer protocol. A segment has one of them, for
+ * making a memoryview for every record would take a fifth of a microsecond. */
+typedef struct {
+    PyObject_HEAD
+    const uint8_t *data; /* NULL outside a decoder's call */
+    Py_ssize_t length;
+    Py_ssize_t num_views;
+} Payload;
+
 typedef struct {
     PyObject_HEAD
     struct bus_segment bus;
+    Payload *payload;
     int fd;          /* the driver's memfd; -1 elsewhere */
     int num_inside;  /* calls that use the mapping while the GIL may be elsewhere: the last of them unmaps after close */
     bool is_reading; /* a thread is inside read, and so on */
@@ -29,7 +39,7 @@ typedef struct {
     struct bus_pace write_pace;
 } Segment;
 
-extern PyTypeObject bus_segment_type;
+extern PyTypeObject bus_segment_type, bus_payload_type;
 
 /* False, with an exception set, unless the shared memory may be used. */
 bool bus_usable(const Segment *self);

@@ -22,7 +22,7 @@ uint64_t bus_now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-enum { TURNS = 64 }; /* looks before a spinner yields where it has a core of its own: about 2 us on Zen 4 */
+enum { TURNS = 256 }; /* looks before a spinner yields where it has a core of its own: some 10 us */
 
 static void relax(void)
 {
@@ -117,7 +117,7 @@ static const struct {
     int64_t most_ns;
 } spending[BUS_NUM_POLICIES] = {
     [BUS_LATENCY] = {.short_ns = 2000000, .share = 4, .most_ns = 2000000},
-    [BUS_BALANCED] = {.short_ns = 200000, .share = 100, .most_ns = 100000},
+    [BUS_BALANCED] = {.short_ns = 200000, .share = 50, .most_ns = 100000},
     [BUS_ECO] = {.short_ns = 0, .share = 0, .most_ns = 0},
 };
 

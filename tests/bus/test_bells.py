@@ -191,8 +191,18 @@ def test_a_payload_cannot_be_looked_at_after_its_decoder_has_returned(pair):
     driver, worker = pair
     driver.write(b"mine", 0, 0.0)
     kept = worker.read((lambda payload: payload,), 1)
-    with pytest.raises(ValueError, match="released"):
+    with pytest.raises(BufferError, match="only while it is decoded"):
         bytes(kept)
+
+
+def test_a_decoder_that_keeps_a_view_is_told(pair):
+    driver, worker = pair
+    driver.write(b"mine", 0, 0.0)
+    kept = []
+    with pytest.raises(BufferError, match="kept a view"):
+        worker.read((lambda payload: kept.append(memoryview(payload)[1:]),), 1)
+    worker.close()
+    assert bytes(kept.pop()) == b"ine"  # its memory stays
 
 
 def test_dropping_the_last_reference_closes(make_ring):

@@ -64,8 +64,13 @@ class Outbox:
         self._zmq.close()
 
 
-class Announced(bytes):
-    """What the ring holds of a payload that comes by ZeroMQ."""
+class Announced:
+    """Decodes records that announce a payload by ZeroMQ: keeps the last one."""
+
+    record: bytes | None = None
+
+    def __call__(self, payload: bytes | memoryview) -> None:
+        self.record = bytes(payload)
 
 
 class Inbox:
@@ -79,7 +84,8 @@ class Inbox:
         self._segment = segment
         self._is_driver = segment.rank < 0
         self._decode = decode
-        self._decoders: _bus.Decoders = (decode, Announced)
+        self._announced = Announced()
+        self._decoders: _bus.Decoders = (decode, self._announced)
         self._receivers: dict[int, ZmqReceiver] = {}
         self._pending: int | None = None
         self._interrupted = False
@@ -98,16 +104,17 @@ class Inbox:
             received = self._segment.read(self._decoders, timeout_s)
         except NO_MESSAGE as error:
             raise self._no_message(self._segment.last_reader, error) from error
-        if received is None:
-            self._interrupted = False  # before the caller checks its conditions: a later one will be seen next time
-            return None
-        rank, message = received if self._is_driver else (0, received)
-        if type(message) is not Announced:
+        record = self._announced.record
+        if record is None:
+            if received is None:
+                self._interrupted = False  # before the caller checks its conditions: a later one will be seen next time
             return received
+        self._announced.record = None
+        rank = self._segment.last_reader
         receiver = self._receivers.get(rank)
         if receiver is None:
             receiver = self._receivers[rank] = ZmqReceiver(max(self._segment.rank, 0))
-        receiver.expect(message)
+        receiver.expect(record)
         self._pending = rank
         return self._fetch(rank, timeout_s)
 
