@@ -109,7 +109,8 @@ static enum bus_result spin(bool (*is_ready)(const void *), const void *of, bool
     return result;
 }
 
-/* What a policy spends. Waits whose mean is up to `short_ns` spin from their beginning. Longer ones spin around the
+/* What a policy spends. Waits whose mean is up to `short_ns` spin from their beginning: it must exceed what a wait takes
+ * whose other side parks too (200 us, with cold caches), or the two would go on parking for each other. Longer ones spin around the
  * moment they should end, for at most 1/`share` of the mean on either side and never more than `most_ns`. */
 static const struct {
     int64_t short_ns;
@@ -117,7 +118,7 @@ static const struct {
     int64_t most_ns;
 } spending[BUS_NUM_POLICIES] = {
     [BUS_LATENCY] = {.short_ns = 2000000, .share = 4, .most_ns = 2000000},
-    [BUS_BALANCED] = {.short_ns = 200000, .share = 50, .most_ns = 100000},
+    [BUS_BALANCED] = {.short_ns = 500000, .share = 33, .most_ns = 150000},
     [BUS_ECO] = {.short_ns = 0, .share = 0, .most_ns = 0},
 };
 
@@ -137,7 +138,7 @@ struct window {
 static struct window plan(const struct bus_pace *pace, uint64_t now_ns)
 {
     const int64_t short_ns = spending[pace->policy].short_ns, mean_ns = pace->mean_ns;
-    const int64_t spread_ns = 3 * pace->deviation_ns + MARGIN_NS;
+    const int64_t spread_ns = 2 * pace->deviation_ns + MARGIN_NS;
     const struct window never = {now_ns, now_ns};
 
     if (short_ns == 0)
