@@ -13,7 +13,6 @@ from bus_peers.registry import Entry
 KIB, MIB = 1 << 10, 1 << 20
 USUAL_BYTES = 4 * KIB  # of paced steps and of those after silence
 NEAR_READERS = (1, 2)
-MAX_FAR_SILENCES = 2
 SLACK_S = 40.0
 
 
@@ -45,11 +44,11 @@ class Cell:
 class Plan:
     """Budgets of a run.
 
-    budget_s      of a back-to-back cell, per repetition
-    max_samples   of such a cell, per repetition
-    paced         steps per repetition by period in ms
-    silences      of two seconds, per repetition, with one reader. With two, and for transports that are not `near`, at
-                  most one, for the latter in no more than `MAX_FAR_SILENCES` repetitions: they take the most time
+    budget_s       of a back-to-back cell, per repetition
+    max_samples    of such a cell, per repetition
+    paced          steps per repetition by period in ms
+    silences       of two seconds, per repetition, of `near` transports with one reader; of others, and with two, one
+    silent_in      in how many repetitions there are silences, of `near` transports and of others: they take most time
     """
 
     repetitions: int
@@ -58,6 +57,7 @@ class Plan:
     budget_s: float
     paced: dict[float, int]
     silences: int
+    silent_in: tuple[int, int]
     min_samples: int = 20
     min_large_samples: int = 3
     max_samples: int = 5000
@@ -79,15 +79,15 @@ class Plan:
                 pace = (("period_s", period_ms / 1000), ("count", count))
                 cells.append(Cell("paced", USUAL_BYTES, "all", period_ms, pace, count * period_ms / 1000))
             silences = self.silences if entry.near and num_readers == 1 else 1
-            if entry.near or repetition < MAX_FAR_SILENCES:
+            if repetition < self.silent_in[0 if entry.near else 1]:
                 cells.append(Cell("silence", USUAL_BYTES, "all", None, (("count", silences),), 2.0 * silences))
         return cells
 
 
 def full(readers: tuple[int, ...]) -> Plan:
     payloads = (256, USUAL_BYTES, 64 * KIB, MIB, 16 * MIB)
-    return Plan(3, readers, payloads, 0.08, {2.0: 150, 5.0: 100, 20.0: 25}, silences=2)
+    return Plan(3, readers, payloads, 0.08, {2.0: 150, 5.0: 100, 20.0: 25}, silences=2, silent_in=(3, 2))
 
 
 def quick(readers: tuple[int, ...]) -> Plan:
-    return Plan(2, readers, (USUAL_BYTES, MIB), 0.04, {5.0: 40}, silences=1, min_samples=5)
+    return Plan(3, readers, (USUAL_BYTES, MIB), 0.03, {5.0: 30}, silences=1, silent_in=(1, 0), min_samples=5)

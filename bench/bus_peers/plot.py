@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bus_peers.plan import USUAL_BYTES
-from bus_peers.registry import OURS, Entry
+from bus_peers.registry import BARE_PREFIX, OURS, Entry
 from bus_peers.report import size_name
 from bus_peers.rows import Row
 
@@ -24,7 +24,12 @@ def draw(peers: dict[str, Entry], rows: list[Row], title: str, output: Path) -> 
 
     colors = pyplot.get_cmap("tab20")
     style = {
-        name: {"color": "black" if name.startswith(OURS) else colors(index % 20), "label": entry.title}
+        name: {
+            "label": entry.title,
+            "color": "black" if name.startswith(OURS) else colors(index % 20),
+            "linewidth": 3 if name.startswith(OURS) else 1.2,
+            "linestyle": ":" if name.startswith(BARE_PREFIX) else "-",
+        }
         for index, (name, entry) in enumerate(peers.items())
     }
     figure, ((by_readers, by_size), (by_period, idle)) = pyplot.subplots(2, 2, figsize=(15, 11))
@@ -57,7 +62,7 @@ def draw(peers: dict[str, Entry], rows: list[Row], title: str, output: Path) -> 
         [max(row["idle_first_second_percent"]) for row in silent],
         color=[style[row["peer"]]["color"] for row in silent],
     )
-    idle.set(title="CPU of the group in the first second after a message, % of a core", xscale="symlog")
+    idle.set(title="CPU of the group in the first second after a message, % of a core", xscale="log", xlim=(1e-3, None))
     idle.invert_yaxis()
     figure.legend(*by_readers.get_legend_handles_labels(), loc="lower center", ncols=6, fontsize="small")
     figure.suptitle(title)
@@ -68,4 +73,4 @@ def draw(peers: dict[str, Entry], rows: list[Row], title: str, output: Path) -> 
 
 def _line(axes: object, points: list[tuple[float, float]], style: dict[str, object]) -> None:
     if points:
-        axes.plot(*zip(*points, strict=True), marker="o", **style)  # type: ignore[attr-defined]
+        axes.plot(*zip(*points, strict=True), marker=".", **style)  # type: ignore[attr-defined]
