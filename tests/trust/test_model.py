@@ -81,7 +81,7 @@ def _run(command: list[str], cwd: Path) -> str:
         pytest.param(f"READERS=2 {SMALL} SPURIOUS=1", id="2 readers, spurious wake-up"),
         pytest.param(f"READERS=2 {SMALL} PSO READER_DIES", id="2 readers, one killed"),
         pytest.param("READERS=2 PSO WRITER_DIES", id="2 readers, writer killed"),
-        pytest.param(f"READERS=3 {SMALL}", id="3 readers"),
+        pytest.param(f"READERS=3 {SMALL} PSO", id="3 readers, stores out of order"),
     ],
 )
 def test_no_wake_up_is_lost_and_no_record_torn_overwritten_lost_or_doubled(check, macros: str) -> None:

@@ -10,7 +10,7 @@
  * FIFO store buffers are TSO (x86). With -DPSO entries leave out of order, except that two to one word keep their order
  * and a release store waits for all before it: stores as weak as C11 allows them. Loads happen in program order here;
  * what covers machines that reorder those too are the explicit C11 orders in ring.c and bell.c, and c11_handshake.py,
- * which decides the three patterns the protocol consists of in the RC11 memory model.
+ * which decides the patterns the protocol consists of in the RC11 memory model.
  *
  * A deadline never fires here, so nothing hides a lost wake-up: a process that sleeps for ever is an invalid end state.
  * Everything a process waits for is finite, and a run has no cycle (but for SPIN), so absence of invalid end states is
@@ -68,7 +68,7 @@
 #define WORKER_BELL 0
 #define SPACE_BELL 1
 
-#define DEPTH 4 /* the fence in `ring` keeps a correct buffer at this or below */
+#define DEPTH 4 /* two halves, tail and what `unregister` left; the fence in `ring` follows. A store waits for room. */
 
 typedef store_buffer {
     byte count;
