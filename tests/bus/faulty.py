@@ -3,23 +3,29 @@
 Usage: faulty.py ROLE ARGUMENT...; each function below that takes arguments of the command line is a role.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import random
+import resource
 import select
 import signal
 import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from zmqexec import _bus
 from zmqexec.bus import ring
-from zmqexec.bus.channel import WAIT_POLICIES
+from zmqexec.bus.channel import WAIT_POLICIES, DriverChannel, WorkerChannel
 from zmqexec.bus.link import BY_ZMQ, Inbox, Outbox
-from zmqexec.errors import BusClosed, BusTimeout
+from zmqexec.errors import BusClosed, BusError, BusTimeout
+from zmqexec.protocol import StepInput
 
 SLOT_BYTES = 256
 NOISE = random.Random(1).randbytes(8 << 20)
@@ -278,6 +284,54 @@ def is_half_written(memory: int) -> bool:
     begin = os.fstat(memory).st_size - num_slots * slot_bytes - 2 * reply_slots * reply_slot_bytes
     position = os.pread(memory, 8, begin + tail % num_slots * slot_bytes)
     return tail > 0 and int.from_bytes(position, "little") == tail
+
+
+# ── a process whose file descriptors are all in use ─────────────────────────────────────────────────────────────────
+
+
+def without_descriptors(who: str, num_needed: str) -> None:
+    """A `who` ("sender" or "receiver") of a large message has fewer descriptors than it needs, then enough."""
+    step = StepInput(0, 1, prefills=bytes(10_000))
+    for spare in range(int(num_needed)):
+        with contextlib.ExitStack() as stack:
+            driver = stack.enter_context(DriverChannel.create(2, epoch=0, ring_bytes=4096))
+            workers = [stack.enter_context(WorkerChannel.attach(driver.fd, rank)) for rank in range(2)]
+            threads = ThreadPoolExecutor(3)
+            if who == "sender":
+                assert_refused(lambda driver=driver: driver.publish(step, TIMEOUT_S), spare)
+                publishing = threads.submit(driver.publish, step, TIMEOUT_S)
+            else:
+                publishing = threads.submit(driver.publish, step, TIMEOUT_S)
+                while not driver._outbox._broken:
+                    time.sleep(0.001)
+                assert_refused(lambda workers=workers: workers[0].receive(TIMEOUT_S), spare)
+            reading = [threads.submit(worker.receive, TIMEOUT_S) for worker in workers]
+            assert [one.result() for one in reading] == [step, step]
+            publishing.result()
+            threads.shutdown()
+    print("all refused, and then delivered")
+
+
+def assert_refused(use: Callable[[], object], spare: int) -> None:
+    """`use` meets a limit that leaves `spare` descriptors: it says so, and opens none."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = open_fds()
+    free = [fd for fd in range(1000) if fd not in held]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], before[1]))
+    try:
+        use()
+    except BusError as error:
+        assert "Too many open files" in str(error) and "ulimit -n" in str(error)
+    else:
+        raise AssertionError(f"{spare} descriptors were enough")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert open_fds() == held
+
+
+def open_fds() -> list[int]:
+    """Descriptors in use; those of the listing itself are not any more."""
+    return sorted(int(fd.name) for fd in list(Path("/proc/self/fd").iterdir()) if fd.is_symlink())
 
 
 if __name__ == "__main__":

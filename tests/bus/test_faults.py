@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.procs import is_stopped, leftovers, wait_for
-from zmqexec.bus import ring
+from zmqexec.bus import ring, zmq_path
 from zmqexec.bus.link import BY_ZMQ
 from zmqexec.errors import BusClosed, BusError, BusTimeout
 from zmqexec.protocol import CacheReady, StepInput, StepOutput
@@ -336,3 +336,19 @@ def test_a_fork_is_refused_every_use_of_the_bus_and_disturbs_nothing(make_bus, i
             os._exit(refused)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == len(uses)
     exchange()
+
+
+# ── file descriptors ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("who", "num_fds"),
+    [
+        ("sender", zmq_path.CONTEXT_FDS + 2 * zmq_path.SENDER_FDS),
+        ("receiver", zmq_path.CONTEXT_FDS + zmq_path.RECEIVER_FDS),
+    ],
+)
+def test_a_large_message_that_finds_no_descriptors_is_refused_and_can_be_sent_again(run, who, num_fds):
+    """Left alone, libzmq would abort the process."""
+    said, _ = run("without_descriptors", who, num_fds).communicate(timeout=60)
+    assert said == "all refused, and then delivered\n"

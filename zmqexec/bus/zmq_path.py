@@ -14,23 +14,27 @@ asks the kernel who connects, and admits this user's processes only (the name, 1
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import secrets
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 import zmq
 
-from zmqexec.errors import BusClosed, BusTimeout, ProtocolError
+from zmqexec.errors import BusClosed, BusError, BusTimeout, ProtocolError
 
 ENDPOINT_PREFIX = "ipc://@zmqexec-"
 IPC_FILTER_UID = 59  # ZMQ_IPC_FILTER_UID; pyzmq has no name for it
 HEADER = struct.Struct("<QQ")  # number and num_bytes of its announcement, before each payload
 POLL_MS = 10  # how often a sender or receiver looks whether it should give up
+CONTEXT_FDS = 5  # of libzmq's threads, from a context's first socket on
+SENDER_FDS = 3  # a PUSH socket, its listener, and the connection of its reader
+RECEIVER_FDS = 2
 
 
 def new_endpoint() -> str:
@@ -73,7 +77,7 @@ class ZmqSender:
         self._closed = False
 
     def announce(self, num_bytes: int) -> bytes:
-        """The record to publish before `send`."""
+        """The record to publish before `send`. BusError: the system has no sockets for us."""
         with self._lock:
             if self._closed:
                 raise BusClosed("the bus was closed in this process")
@@ -126,19 +130,20 @@ class ZmqSender:
         self.close()
 
     def _open(self) -> None:
-        self._context = zmq.Context()
-        self._endpoint = new_endpoint()
-        for reader in range(self._num_readers):
-            socket = self._context.socket(zmq.PUSH)
-            self._sockets.append(socket)
-            socket.linger = 0
-            socket.sndhwm = 1  # payloads are large: let them wait here rather than in a queue
-            socket.setsockopt(IPC_FILTER_UID, os.getuid())
-            socket.bind(f"{self._endpoint}-{reader}")
+        endpoint = new_endpoint()
+        with _opening(CONTEXT_FDS + SENDER_FDS * self._num_readers) as (context, sockets):
+            for reader in range(self._num_readers):
+                socket = context.socket(zmq.PUSH)
+                sockets.append(socket)
+                socket.linger = 0
+                socket.sndhwm = 1  # payloads are large: let them wait here rather than in a queue
+                socket.setsockopt(IPC_FILTER_UID, os.getuid())
+                socket.bind(f"{endpoint}-{reader}")
+        self._context, self._sockets, self._endpoint = context, sockets, endpoint
 
 
 class ZmqReceiver:
-    """Reader `index`'s end: a PULL socket, connected at the first announcement. One receiving thread; `close` from any.
+    """Reader `index`'s end: a PULL socket, opened at the first payload. One receiving thread; `close` from any.
 
     `pending` is the announcement whose payload has not come yet; until it has, the reader must not read on.
     """
@@ -161,22 +166,12 @@ class ZmqReceiver:
             raise ProtocolError(f"a record of {len(record)} bytes is no announcement: {error}") from error
         if announcement.number != self._number or not announcement.endpoint.startswith(ENDPOINT_PREFIX):
             raise ProtocolError(f"expected announcement {self._number}, got {announcement}")
-        with self._lock:
-            if self._closed:
-                raise BusClosed("the bus was closed in this process")
-            if self._context is None:
-                self._context = zmq.Context()
-                socket = self._context.socket(zmq.PULL)
-                self._sockets.append(socket)
-                socket.linger = 0
-                socket.rcvhwm = 1
-                socket.connect(f"{announcement.endpoint}-{self._index}")
         self.pending = announcement
 
     def receive(self, deadline: float) -> bytes | None:
         """The pending payload; None where it has not come by `deadline` (monotonic), or within some milliseconds.
 
-        ProtocolError: it is not what was announced.
+        ProtocolError: it is not what was announced. BusError: the system has no socket for us; it is still to come.
         """
         announcement = self.pending
         if announcement is None:
@@ -184,6 +179,8 @@ class ZmqReceiver:
         with self._lock:
             if self._closed:
                 raise BusClosed("the bus was closed in this process")
+            if self._context is None:
+                self._open(announcement.endpoint)
             socket = self._sockets[0]
             if not socket.poll(max(0, min(POLL_MS, math.ceil((deadline - time.monotonic()) * 1e3)))):
                 return None
@@ -208,6 +205,45 @@ class ZmqReceiver:
 
     def __del__(self) -> None:
         self.close()
+
+    def _open(self, endpoint: str) -> None:
+        with _opening(CONTEXT_FDS + RECEIVER_FDS) as (context, sockets):
+            socket = context.socket(zmq.PULL)
+            sockets.append(socket)
+            socket.linger = 0
+            socket.rcvhwm = 1
+            socket.connect(f"{endpoint}-{self._index}")
+        self._context, self._sockets = context, sockets
+
+
+@contextlib.contextmanager
+def _opening(num_fds: int) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]], list[zmq.Socket[bytes]]]]:
+    """A new context and a list for its sockets, which are destroyed again if the block fails.
+
+    libzmq aborts the process where file descriptors run out while it starts its threads or lets a reader in. So we
+    first see whether there are `num_fds` of them. Another thread may still take them in between, but a program without
+    any left mostly has been so for a while.
+    """
+    probes: list[int] = []
+    try:
+        try:
+            for _ in range(num_fds):
+                probes.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        finally:
+            for probe in probes:
+                os.close(probe)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        sockets: list[zmq.Socket[bytes]] = []
+        try:
+            yield context, sockets
+        except BaseException:
+            _destroy(context, sockets)
+            raise
+    except (OSError, zmq.ZMQError) as error:
+        raise BusError(
+            f"a message larger than its ring travels by ZeroMQ, which takes {num_fds} file descriptors in this "
+            f"process: {error}; raise the limit (ulimit -n), or ring_bytes"
+        ) from error
 
 
 def _try_send(socket: zmq.Socket[bytes], message: zmq.Frame) -> bool:
