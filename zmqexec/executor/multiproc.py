@@ -283,13 +283,13 @@ class MultiprocExecutor:
         found: dict[int, Failure] = {}
         deadline = time.monotonic() + grace_s
         while not until(found):
-            received = self._channel.try_receive()
+            received = self._early.popleft() if self._early else self._channel.try_receive()
             if received is None:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     break
                 received = self._channel.receive(remaining)
-            if received is not None and isinstance(received[1], Failure):
+            if received is not None and isinstance(received[1], Failure) and received[1].epoch == self._epoch:
                 found[received[0]] = received[1]
         return found
 
