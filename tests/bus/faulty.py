@@ -203,7 +203,7 @@ def one_round(how: str, delay_s: float) -> dict[str, Any]:
     begin = time.monotonic()
     os.kill(driver, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(driver, 0)[1]) == -signal.SIGKILL
-    workers = [os.waitpid(-1, 0)[1] for _ in range(2)]  # bounded by the test
+    workers = [wait_for_a_child(), wait_for_a_child()]
     outcome = {
         "gone_s": time.monotonic() - begin,
         "exit_codes": [os.waitstatus_to_exitcode(status) for status in workers],
@@ -213,6 +213,19 @@ def one_round(how: str, delay_s: float) -> dict[str, Any]:
     os.close(memory)
     os.close(read_end)
     return outcome
+
+
+def wait_for_a_child() -> int:
+    """Its wait status. A worker that does not end fails the test, and is then ended with its session."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            return status
+        if time.monotonic() > deadline:
+            print(f"a worker has outlived its driver by {TIMEOUT_S} s", flush=True)
+            os.killpg(0, signal.SIGKILL)
+        time.sleep(0.001)
 
 
 def in_fork(run: Any) -> None:

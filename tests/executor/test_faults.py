@@ -139,6 +139,7 @@ def test_a_worker_killed_while_the_driver_waits_to_publish_is_named_at_once(
     killed_at: list[float] = []
 
     def kill() -> None:
+        wait_for(lambda: executor._channel.status(1).step_id == 0, 10.0, "rank 1 in step 0")
         wait_blocked(executor)
         killed_at.append(time.monotonic())
         os.kill(victim, signal.SIGKILL)
