@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tests.fuzzing import run_steps, steps_of
 from zmqexec.errors import InternalError
 from zmqexec.protocol import Admission, StepInput, pack
 from zmqexec.worker.batch import Batch
@@ -78,6 +81,19 @@ def test_an_admission_forgets_what_the_slot_held():
         (step(admitted=[admission(1, [1] * 21, [1])]), "0 computed of 21 tokens, in a model of 20"),
         (step(admitted=[admission(1, [1, 2], [1], num_computed=2)]), "2 computed of 2"),
         (step([1, 5], admitted=[admission(1, [1, 2, 3, 4, 5], [1])]), "5 known, 1 blocks"),
+        (step([0, 1, 1]), "prefills has 12 bytes"),
+        (step([0, 1] * 4), "at most 3 pairs"),
+        (step(decodes=[3]), r"decodes slots that are not in \[0, 3\)"),
+        (StepInput(0, 0, decodes=bytes(1 << 20) + b"\1"), r"decodes slots that are not in \[0, 3\)"),
+        (StepInput(0, 0, prefills=b"abc"), "prefills has 3 bytes"),
+        (StepInput(0, 0, new_blocks=b"abcd"), "new_blocks has 4 bytes"),
+        (step(new_blocks=[3, 1]), r"slot 3 is not in \[0, 3\)"),
+        (step(new_blocks=[-1, 1]), r"slot -1 is not in \[0, 3\)"),
+        (step(admitted=[Admission(1, b"abcde", 1, 0, b"")]), "token_ids has 5 bytes"),
+        (step(admitted=[Admission(1, pack([1]), 1, 0, b"abc")]), "block_table has 3 bytes"),
+        (step(admitted=[Admission(1, pack([1, 2]), 3, 0, pack([1]))]), "3 of 2 tokens are the prompt"),
+        (step(admitted=[Admission(1, pack([1, 2]), 2**64 - 1, 0, pack([1]))]), "of 2 tokens are the prompt"),
+        (step(admitted=[admission(1, [1, 2], [1] * 7)]), "in 7 blocks; a sequence has at most 6"),
     ],
 )
 def test_a_step_that_contradicts_the_state_is_our_bug(bad, message):
@@ -85,3 +101,21 @@ def test_a_step_that_contradicts_the_state_is_our_bug(bad, message):
     batch.begin(step(admitted=[admission(0, [1, 2, 3, 4, 5], [0, 1])]))
     with pytest.raises(InternalError, match=message):
         batch.begin(bad)
+
+
+NUMBERS = st.integers(-2, 25) | st.integers(-(2**63), 2**64 - 1)
+PACKED = st.lists(st.integers(-2, 25) | st.integers(-(2**31), 2**31 - 1), max_size=24).map(pack) | st.binary(max_size=9)
+ADMISSIONS = st.builds(Admission, NUMBERS, PACKED, NUMBERS, NUMBERS, PACKED)
+STEPS = st.builds(
+    StepInput, st.just(0), st.just(0), st.binary(max_size=2), PACKED, PACKED, st.lists(ADMISSIONS, max_size=3)
+)
+
+
+@given(st.lists(STEPS, max_size=3))
+def test_a_step_of_any_content_gives_rows_or_is_our_bug(steps):
+    run_steps(steps)
+
+
+@given(st.binary(max_size=300))
+def test_steps_that_are_nearly_right_give_rows_or_are_our_bug(data):
+    run_steps(list(steps_of(data)))

@@ -92,10 +92,15 @@ class Batch:
         """Take in what changed and lay out the step's rows. `InternalError` where the step contradicts the state."""
         for admission in step.admitted:
             self._admit(admission)
-        for slot, block in np.frombuffer(step.new_blocks, "<i4").reshape(-1, 2).tolist():
+        num_slots = len(self.num_known)
+        for slot, block in _pairs(step.new_blocks, "new_blocks", self.block_tables.size).tolist():
+            self._check_slot(slot)
             self._append_block(slot, block)
-        chunks = np.frombuffer(step.prefills, "<i4").reshape(-1, 2).astype(np.int64)
-        decodes = np.flatnonzero(np.unpackbits(np.frombuffer(step.decodes, np.uint8), bitorder="little"))
+        chunks = _pairs(step.prefills, "prefills", num_slots).astype(np.int64)
+        if int.from_bytes(step.decodes, "little") >> num_slots:
+            raise InternalError(f"a step decodes slots that are not in [0, {num_slots})")
+        bitmap = np.frombuffer(step.decodes[: num_slots // 8 + 1], np.uint8)
+        decodes = np.flatnonzero(np.unpackbits(bitmap, bitorder="little"))
         self._check(chunks, decodes)
         return self._rows(chunks, decodes)
 
@@ -110,14 +115,18 @@ class Batch:
 
     def _admit(self, admission: Admission) -> None:
         slot = admission.slot
-        tokens = np.frombuffer(admission.token_ids, "<i4")
-        blocks = np.frombuffer(admission.block_table, "<i4")
-        if not 0 <= slot < len(self.num_known):
-            raise InternalError(f"slot {slot} is not in [0, {len(self.num_known)})")
+        self._check_slot(slot)
+        tokens = _int32(admission.token_ids, "token_ids")
+        blocks = _int32(admission.block_table, "block_table")
         if not 0 <= admission.num_computed < len(tokens) <= self._max_model_len:
             raise InternalError(
                 f"slot {slot}: {admission.num_computed} computed of {len(tokens)} tokens, "
                 f"in a model of {self._max_model_len}"
+            )
+        if not 0 < admission.num_prompt <= len(tokens) or len(blocks) > self.block_tables.shape[1]:
+            raise InternalError(
+                f"slot {slot}: {admission.num_prompt} of {len(tokens)} tokens are the prompt, in {len(blocks)} blocks; "
+                f"a sequence has at most {self.block_tables.shape[1]}"
             )
         self.token_ids[slot, : len(tokens)] = tokens
         self.num_known[slot] = len(tokens)
@@ -127,6 +136,10 @@ class Batch:
         self.sampling[slot] = admission.sampling
         for block in blocks.tolist():
             self._append_block(slot, block)
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < len(self.num_known):
+            raise InternalError(f"slot {slot} is not in [0, {len(self.num_known)})")
 
     def _append_block(self, slot: int, block: int) -> None:
         count = int(self.num_blocks[slot])
@@ -185,3 +198,15 @@ class Batch:
         positions = np.arange(stop)
         blocks = self.block_tables[slot, positions // self._block_size].astype(np.int64)
         return torch.from_numpy(blocks * self._block_size + positions % self._block_size)
+
+
+def _int32(packed: bytes, name: str) -> npt.NDArray[np.int32]:
+    if len(packed) % 4:
+        raise InternalError(f"{name} has {len(packed)} bytes, which are no int32s")
+    return np.frombuffer(packed, "<i4")
+
+
+def _pairs(packed: bytes, name: str, most: int) -> npt.NDArray[np.int32]:
+    if len(packed) % 8 or len(packed) > 8 * most:
+        raise InternalError(f"{name} has {len(packed)} bytes: it takes 8 for a pair, and at most {most} pairs")
+    return np.frombuffer(packed, "<i4").reshape(-1, 2)
