@@ -19,9 +19,10 @@ from zmqexec.bus.link import Inbox, Outbox
 from zmqexec.bus.ring import slots_for
 from zmqexec.bus.status import Phase, WorkerStatus
 from zmqexec.config import WAIT_POLICIES, WaitPolicy
-from zmqexec.errors import BusClosed
+from zmqexec.errors import BusClosed, ProtocolError
 from zmqexec.protocol import EngineStats, ToDriver, ToWorker
 
+PHASES = frozenset(Phase)
 MAX_NAME_BYTES = 63
 
 
@@ -108,8 +109,10 @@ class DriverChannel:
         return {}, {"bus_fd": self.fd}
 
     def status(self, rank: int) -> WorkerStatus:
-        """What `rank` is doing, without asking it."""
+        """What `rank` is doing, without asking it. ProtocolError: its page holds what no worker writes."""
         pid, phase, step_id, heartbeat_ns, error = self._segment.status(rank)
+        if phase not in PHASES:
+            raise ProtocolError(f"the status page of rank {rank} is damaged: it names phase {phase}")
         return WorkerStatus(rank, pid, Phase(phase), step_id, heartbeat_ns, error)
 
     def set_gauges(self, stats: EngineStats) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import secrets
 import struct
 import threading
@@ -29,6 +30,7 @@ import zmq
 from zmqexec.errors import BusClosed, BusError, BusTimeout, ProtocolError
 
 ENDPOINT_PREFIX = "ipc://@zmqexec-"
+ENDPOINT = re.compile(rf"{ENDPOINT_PREFIX}[0-9a-f]{{32}}")
 IPC_FILTER_UID = 59  # ZMQ_IPC_FILTER_UID; pyzmq has no name for it
 HEADER = struct.Struct("<QQ")  # number and num_bytes of its announcement, before each payload
 POLL_MS = 10  # how often a sender or receiver looks whether it should give up
@@ -164,8 +166,9 @@ class ZmqReceiver:
             announcement = decode_announcement(record)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"a record of {len(record)} bytes is no announcement: {error}") from error
-        if announcement.number != self._number or not announcement.endpoint.startswith(ENDPOINT_PREFIX):
-            raise ProtocolError(f"expected announcement {self._number}, got {announcement}")
+        is_next = announcement.number == self._number and announcement.num_bytes >= 0
+        if not is_next or ENDPOINT.fullmatch(announcement.endpoint) is None:
+            raise ProtocolError(f"expected announcement {self._number}, got {announcement!r:.200}")
         self.pending = announcement
 
     def receive(self, deadline: float) -> bytes | None:
