@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from zmqexec import _bus, protocol
-from zmqexec.bus import zmq_control, zmq_frames, zmq_path
+from zmqexec.bus import zmq_path
 from zmqexec.bus.channel import DriverChannel
 from zmqexec.bus.link import NO_MESSAGE, Inbox
 from zmqexec.bus.zmq_path import ZmqReceiver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fuzzing import decode_message
 from zmqexec import protocol
 from zmqexec.config import EngineConfig, SamplingParams
 from zmqexec.protocol import FromEngine, Message, ToDriver, ToEngine, ToWorker, pack, unpack
@@ -75,6 +77,29 @@ def test_garbage_is_an_error_or_a_message_of_the_union(name: str, garbage: bytes
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return
     assert isinstance(message, get_args(UNIONS[name]))
+
+
+@pytest.mark.parametrize("name", UNIONS)
+@given(data=st.data())
+def test_a_damaged_message_is_an_error_or_another_message_and_takes_little_memory(
+    name: str, data: st.DataObject
+) -> None:
+    """What a decoder allocates is bounded by the bytes there are, not by the lengths that they claim."""
+    message = data.draw(values_of(data.draw(st.sampled_from(get_args(UNIONS[name])))))
+    damaged = bytearray(msgspec.msgpack.encode(message))
+    claims_much = st.sampled_from(
+        [b"\xdd\xff\xff\xff\xff", b"\xdf\x7f\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff"]
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(damaged)))
+        damaged[at : at + data.draw(st.integers(0, 3))] = data.draw(claims_much | st.binary(max_size=3))
+    decode_message(name, bytes(damaged))
+    tracemalloc.start()
+    try:
+        decode_message(name, bytes(damaged))
+        assert tracemalloc.get_traced_memory()[1] < 100_000 + 200 * len(damaged)
+    finally:
+        tracemalloc.stop()
 
 
 def test_every_message_belongs_to_a_union_or_to_another_message_and_is_closed() -> None:

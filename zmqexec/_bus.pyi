@@ -103,8 +103,8 @@ class Segment:
     def write(self, payload: ReadableBuffer, kind: int, timeout_s: float, /) -> bool:
         """Publish a copy of `payload`, waiting at most `timeout_s` for slots, without the GIL; False at the deadline.
 
-        ValueError: larger than `max_payload_bytes`. BusClosed: also when the driver closed. ProtocolError: the shared
-        memory is damaged.
+        OverflowError: `kind` is not in [0, 2**32 - 1). ValueError: larger than `max_payload_bytes`. BusClosed: also
+        when the driver closed. ProtocolError: the shared memory is damaged.
         """
 
     def read(self, decoders: Decoders, timeout_s: float, /) -> Any:

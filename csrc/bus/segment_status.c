@@ -159,6 +159,10 @@ PyObject *bus_segment_header(Segment *self, PyObject *unused)
 {
     (void)unused;
     const struct bus_header *header = &self->bus.header;
-    return Py_BuildValue("(sIKIII)", header->name, header->driver_pid, (unsigned long long)header->created_ns,
+    /* The name, too, may have been cut inside a character. */
+    PyObject *name = PyUnicode_DecodeUTF8(header->name, (Py_ssize_t)strlen(header->name), "ignore");
+    if (name == NULL)
+        return NULL;
+    return Py_BuildValue("(NIKIII)", name, header->driver_pid, (unsigned long long)header->created_ns,
                          header->wait_policy, header->geometry.num_slots, header->geometry.reply_num_slots);
 }
