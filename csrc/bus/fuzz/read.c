@@ -1,9 +1,9 @@
 /* Reading a ring of which every byte, and both cursors, are the input's. The memory is exactly as large as the ring
  * mapped twice, so that the address sanitizer sees the first access beyond.
  *
- * Input: 1 byte of flags, 1 byte of slots, the reader's position (4 bytes), the tail as a distance from it (2 or 8 bytes,
- * by a flag), then the slots. With the flag REPAIR the record that comes next always has its number and its checksum, so
- * that what lies behind those checks is reached too. */
+ * Input: 1 byte of flags, 1 byte of slots, the reader's position (4 bytes), the tail as a distance from it (2 or 8
+ * bytes, by a flag), then the slots. With the flag REPAIR the record that comes next always has its number and its
+ * checksum, so that what lies behind those checks is reached too. */
 #include "fuzz.h"
 
 enum { CHECKSUMS = 1, REPAIR = 2, FAR_TAIL = 4, WIDE_SLOTS = 8 }; /* flags */
@@ -65,6 +65,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             CHECK(record.kind != BUS_PAD && record.position == reader.position);
             CHECK(payload >= reader.ring.data && payload + record.length <= reader.ring.data + 2 * bytes);
             touch(payload, record.length);
+            CHECK(!(flags & CHECKSUMS) || bus_checksum(payload, record.length) == record.checksum);
             bus_release(&reader, &record);
             CHECK(tail_value - reader.position < num_slots);
         }
