@@ -3,10 +3,25 @@
  *
  * Input: 1 byte of flags, 1 byte of slots, the reader's position (4 bytes), the tail as a distance from it (2 or 8
  * bytes, by a flag), then the slots. With the flag REPAIR the record that comes next always has its number and its
- * checksum, so that what lies behind those checks is reached too. */
+ * checksum, so that what lies behind those checks is reached too. With SPOIL a header changes as soon as it has been
+ * copied, as it may where another process writes what it should not: nothing of it may be looked at again. */
 #include "fuzz.h"
 
-enum { CHECKSUMS = 1, REPAIR = 2, FAR_TAIL = 4, WIDE_SLOTS = 8 }; /* flags */
+static bool spoils;
+
+static void *copy(void *to, const void *from, size_t count)
+{
+    memmove(to, from, count);
+    if (spoils)
+        memset((void *)(uintptr_t)from, 0xff, count);
+    return to;
+}
+
+#define memcpy copy
+#include "../ring.c"
+#undef memcpy
+
+enum { CHECKSUMS = 1, REPAIR = 2, FAR_TAIL = 4, WIDE_SLOTS = 8, SPOIL = 16 }; /* flags */
 
 static void repair(const struct bus_reader *reader)
 {
@@ -58,7 +73,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         if (flags & REPAIR)
             repair(&reader);
         const uint64_t before = reader.position;
+        spoils = (flags & SPOIL) != 0;
         result = bus_try_peek(&reader, &record, &payload, &why);
+        spoils = false;
         CHECK(atomic_load(&cursors[1].slots) == reader.position); /* moved by pads alone */
         CHECK(reader.position == before || tail_value - before <= num_slots);
         if (result == BUS_OK) {
@@ -74,7 +91,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         CHECK(reader.position == tail_value);
     } else {
         check_error(result, &why);
-        if (!(flags & REPAIR)) {
+        if (!(flags & (REPAIR | SPOIL))) {
             const uint64_t stuck_at = reader.position;
             CHECK(bus_try_peek(&reader, &record, &payload, &why) == result && reader.position == stuck_at);
         }

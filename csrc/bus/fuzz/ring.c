@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { NUM_READERS = 2, MOST_RECORDS = 4096, MOST_OPERATIONS = 600, GUARD_BYTES = 1 << 16 };
+enum { NUM_READERS = 2, MOST_RECORDS = 4096, MOST_OPERATIONS = 300, GUARD_BYTES = 1 << 16 };
 enum operation { WRITE, READ, READ_ALL, SPOIL_HEAD, SPOIL_TAIL, SPOIL_SLOT, NUM_OPERATIONS };
 
 static const uint32_t geometries[][2] = {{64, 64}, {48, 256}, {2, 2048}, {128, 4096}, {8192, 64}};
@@ -69,7 +69,7 @@ static void write_one(uint64_t length)
     struct bus_why why = {{0}};
     const uint64_t before = writer.position;
 
-    length = length % 16 == 0 ? length : length % 1024; /* mostly short: a checksum takes time */
+    length = length % 64 == 0 ? length : length % 1024; /* mostly short: a checksum takes time */
     length %= bus_ring_max_payload(&writer.ring) + 1;
     memset(bytes, (int)num_written, length);
     const bool has_room = bus_has_room(&writer, length);

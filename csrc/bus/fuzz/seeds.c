@@ -55,7 +55,7 @@ static void write_bus(int number, uint32_t num_workers, uint32_t num_slots, uint
     fclose(file);
 
     file = open_seed("read", number);
-    put_number(file, (has_checksums ? 1 : 0) | (slot_bytes == 256 ? 8 : 0), 1);
+    put_number(file, (has_checksums ? 1 : 0) | (slot_bytes == 256 ? 8 : 0) | (number % 2 ? 16 : 0), 1);
     put_number(file, num_slots - 2, 1);
     put_number(file, 0, 4);
     put_number(file, tail, 2);
