@@ -20,6 +20,8 @@ from zmqexec import _bus, protocol
 from zmqexec.bus import zmq_path
 from zmqexec.bus.channel import DriverChannel
 from zmqexec.bus.link import NO_MESSAGE, Inbox
+from zmqexec.bus.statistics import Snapshot
+from zmqexec.bus.zeromq import control, frames
 from zmqexec.bus.zmq_path import ZmqReceiver
 from zmqexec.config import EngineConfig, SamplingParams
 from zmqexec.errors import InternalError, ProtocolError
@@ -112,6 +114,7 @@ def read_status(data: bytes) -> str:
         memory[3 * mmap.PAGESIZE : 4 * mmap.PAGESIZE] = data[: mmap.PAGESIZE].ljust(mmap.PAGESIZE, b"\0")
         try:
             status = bus.driver.status(0)
+            assert Snapshot.of(bus.downstream).ranks[0].status.phase == status.phase
             assert status.where() and len(status.error.encode()) <= 232
         except ProtocolError as error:
             assert "rank 0" in str(error)
@@ -123,12 +126,12 @@ def read_status(data: bytes) -> str:
 
 def parse_frame(data: bytes) -> str:
     """A frame of the ZeroMQ transport, also where its checksum happens to be right, or ProtocolError."""
-    sealed = bytearray(data.ljust(zmq_frames.HEADER_BYTES, b"\0"))
-    zmq_frames.CRC.pack_into(sealed, zmq_frames.FIELDS.size, zmq_frames._checksum(memoryview(sealed)))
+    sealed = bytearray(data.ljust(frames.HEADER_BYTES, b"\0"))
+    frames.CRC.pack_into(sealed, frames.FIELDS.size, frames._checksum(memoryview(sealed)))
     for one in (data, sealed):
         try:
-            frame = zmq_frames.parse(one, "a peer")
-            assert len(frame.payload) == len(one) - zmq_frames.HEADER_BYTES
+            frame = frames.parse(one, "a peer")
+            assert len(frame.payload) == len(one) - frames.HEADER_BYTES
         except ProtocolError as error:
             outcome = type(error).__name__
         else:
@@ -139,7 +142,7 @@ def parse_frame(data: bytes) -> str:
 def decode_control(data: bytes) -> str:
     """What is said beside the lanes, or ProtocolError."""
     outcome = ""
-    for decode in (zmq_control.decode_to_worker, functools.partial(zmq_control.decode_to_driver, sender="rank 0")):
+    for decode in (control.decode_to_worker, functools.partial(control.decode_to_driver, sender="rank 0")):
         try:
             outcome += type(decode(data)).__name__
         except ProtocolError as error:
@@ -238,12 +241,12 @@ def seeds(name: str) -> list[bytes]:
     if name in messages:
         return [encode(message) for message in messages[name]]
     announcement = zmq_path.encode(zmq_path.Announcement(0, 10, zmq_path.new_endpoint()))
-    controls = [zmq_control.Hello("1", 0, 1), zmq_control.Answer(1, 1, 2, 3, 4, "e"), zmq_control.Refused("no")]
+    controls = [control.Hello("1", 0, 1), control.Answer(1, 1, 2, 3, 4, "e"), control.Refused("no")]
     return {
         "announcement": [announcement],
         "record": [bytes(4) + encode(step), b"\1\0\0\0" + announcement],
         "status": [bytes(64), (17 << 8 | 4).to_bytes(8, "little") + bytes(16) + b"text"],
-        "frame": [bytes(zmq_frames.make(zmq_frames.DATA, 7, 1, b"payload"))],
-        "control": [encode(control) for control in controls],
+        "frame": [bytes(frames.make(frames.DATA, 7, 1, b"payload"))],
+        "control": [encode(said) for said in controls],
         "steps": [bytes(range(64)), bytes([2, 1, 2, 5, 1, 7, 7, 7, 7, 7, 7, 2, 1, 3, 1, 1, 2, 4, 2, 1, 1, 7])],
     }[name]

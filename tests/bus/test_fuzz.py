@@ -18,7 +18,7 @@ from tests.fuzzing import (
     shared_bus,
 )
 from zmqexec import _bus
-from zmqexec.bus import zmq_frames
+from zmqexec.bus.zeromq import frames
 from zmqexec.bus.zmq_path import Announcement, new_endpoint
 
 ENDPOINT = new_endpoint()
@@ -94,7 +94,7 @@ def test_a_bus_has_as_much_of_its_name_as_fits(stack, name):
     st.binary(max_size=60)
     | damaged(seeds("frame"))
     | st.builds(
-        lambda fields, payload: zmq_frames.FIELDS.pack(*fields, len(payload)) + bytes(4) + payload,
+        lambda fields, payload: frames.FIELDS.pack(*fields, len(payload)) + bytes(4) + payload,
         st.tuples(
             st.just(b"zx"), st.just(1), st.integers(0, 255), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)
         ),

@@ -19,10 +19,9 @@ from zmqexec.bus.link import Inbox, Outbox
 from zmqexec.bus.ring import slots_for
 from zmqexec.bus.status import Phase, WorkerStatus
 from zmqexec.config import WAIT_POLICIES, WaitPolicy
-from zmqexec.errors import BusClosed, ProtocolError
+from zmqexec.errors import BusClosed
 from zmqexec.protocol import EngineStats, ToDriver, ToWorker
 
-PHASES = frozenset(Phase)
 MAX_NAME_BYTES = 63
 
 
@@ -110,10 +109,7 @@ class DriverChannel:
 
     def status(self, rank: int) -> WorkerStatus:
         """What `rank` is doing, without asking it. ProtocolError: its page holds what no worker writes."""
-        pid, phase, step_id, heartbeat_ns, error = self._segment.status(rank)
-        if phase not in PHASES:
-            raise ProtocolError(f"the status page of rank {rank} is damaged: it names phase {phase}")
-        return WorkerStatus(rank, pid, Phase(phase), step_id, heartbeat_ns, error)
+        return WorkerStatus.of(rank, *self._segment.status(rank))
 
     def set_gauges(self, stats: EngineStats) -> None:
         """Show the engine's figures to whoever observes. Costs a quarter of a microsecond."""

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from zmqexec.bus.status import Phase, WorkerStatus
+from zmqexec.bus.status import WorkerStatus
 from zmqexec.config import WAIT_POLICIES
 from zmqexec.protocol import EngineStats
 
@@ -179,7 +179,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, segment: _bus.Segment) -> Self:
-        """What the status pages of `segment` say now. BusClosed: closed here."""
+        """What the status pages of `segment` say now. BusClosed: closed here. ProtocolError: they are damaged."""
         name, driver_pid, created_ns, wait_policy, num_slots, reply_num_slots = segment.header()
         published, published_bytes, blocked_ns, failures, waits, gauges, gauges_ns, ranks = segment.statistics()
         return cls(
@@ -202,10 +202,9 @@ class Snapshot:
 
 
 def _rank_snapshot(segment: _bus.Segment, rank: int, figures: _bus.RankStatistics) -> RankSnapshot:
-    pid, phase, step_id, heartbeat_ns, error = segment.status(rank)
     attached_ns, received, replied, blocked_ns, failures, unread, unread_replies, waits, pickup, reply = figures
     return RankSnapshot(
-        status=WorkerStatus(rank, pid, Phase(phase), step_id, heartbeat_ns, error),
+        status=WorkerStatus.of(rank, *segment.status(rank)),
         attached_ns=attached_ns,
         unread_slots=unread,
         unread_reply_slots=unread_replies,

@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from enum import IntEnum
 
+from zmqexec.errors import ProtocolError
+
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a worker write the Python stacks of all its threads to its output: what the status page cannot tell."""
 
@@ -45,6 +47,14 @@ class WorkerStatus:
     step_id: int
     heartbeat_ns: int
     error: str
+
+    @classmethod
+    def of(cls, rank: int, pid: int, phase: int, step_id: int, heartbeat_ns: int, error: str) -> WorkerStatus:
+        """The entry that `Segment.status` read. ProtocolError: no worker writes such a one."""
+        try:
+            return cls(rank, pid, Phase(phase), step_id, heartbeat_ns, error)
+        except ValueError:
+            raise ProtocolError(f"the status page of rank {rank} is damaged: it names phase {phase}") from None
 
     def where(self) -> str:
         """In words: `phase DECODE of step 17 for 3.2 s`."""
