@@ -60,7 +60,7 @@ class Stream:
         self.wrong = 0
 
     def take(self, payload: memoryview) -> bool:
-        if payload == message(self.intact):
+        if bytes(payload) == message(self.intact):
             self.intact += 1
         else:
             self.wrong += 1
