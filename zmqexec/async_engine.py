@@ -3,7 +3,7 @@
 Runs in: server.
 
 The front end (text, validation) runs in the caller's event loop, the scheduler in the driver process, so that neither
-waits for the other's GIL. They talk over one ZeroMQ PAIR connection; `bus/endpoints.py` says where.
+waits for the other's GIL. They talk over one ZeroMQ PAIR connection; `bus/zeromq/endpoints.py` says where.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from zmqexec.bus.zeromq.endpoints import CONTROL, bind, make_place
 from zmqexec.child import Child
 from zmqexec.config import EngineConfig, SamplingParams, parse_config
 from zmqexec.demo import CHECKPOINT as DEMO_CHECKPOINT
-from zmqexec.errors import BusError, DriverDied, EngineClosed, InternalError, StartupError, ZmqexecError, from_info
+from zmqexec.errors import (
+    BusError,
+    DriverDied,
+    EngineClosed,
+    InternalError,
+    ProtocolError,
+    StartupError,
+    ZmqexecError,
+    from_info,
+)
 from zmqexec.frontend import FrontEnd, OpenRequest, Prompt, Sample, load_tokenizer
 from zmqexec.outputs import RequestOutput
 from zmqexec.protocol import (
@@ -247,7 +256,9 @@ class AsyncEngine:
                 for observer in engines_of(self._child.pid):
                     self._owned.callback(observer.close)
                     self._observer = observer
-        return None if self._observer is None else self._observer.snapshot()
+        with contextlib.suppress(ProtocolError):  # damaged: whatever else there is to show goes on being shown
+            return None if self._observer is None else self._observer.snapshot()
+        return None
 
     async def wait_dead(self) -> ZmqexecError:
         """Resolves when the engine has died, with the reason."""

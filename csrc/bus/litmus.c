@@ -1,7 +1,7 @@
 /* The park handshake, a million times on two cores: does a wake-up get lost?
  *
  * One thread does what a ringer does, the other what a waiter does, with the same C11 operations and orders as
- * bell.c, on words that start at 0:
+ * wait.c, on words that start at 0:
  *
  *     ringer                          waiter
  *     word = 1 (release)              waiters += 1 (relaxed)

@@ -13,7 +13,6 @@
 enum bus_result {
     BUS_OK,
     BUS_AGAIN,   /* nothing to read, no room to write, or the deadline passed */
-    BUS_CLOSED,  /* the driver closed the bus */
     BUS_INVALID, /* the shared memory holds what no writer of this version leaves there */
     BUS_DAMAGED, /* the same, found by a checksum */
     BUS_FAILED,  /* the system refused */
@@ -59,6 +58,7 @@ struct bus_pace {
     uint32_t num_outliers;
     int64_t mean_ns; /* negative: nothing learned yet */
     int64_t deviation_ns;
+    uint64_t begin_ns; /* of the wait that is under way and has spun in vain; 0: there is none */
 };
 
 #define BUS_DRIVER (-1)

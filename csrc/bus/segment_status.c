@@ -133,11 +133,8 @@ static PyObject *rank_statistics(const Segment *self, uint32_t rank)
                          waits_of(&status->waits), histogram_of(&status->pickup_ns), histogram_of(&status->reply_ns));
 }
 
-PyObject *bus_segment_statistics(Segment *self, PyObject *unused)
+static PyObject *statistics_of(const Segment *self)
 {
-    (void)unused;
-    if (!bus_usable(self))
-        return NULL;
     const struct bus_driver_status *driver = self->bus.driver;
     PyObject *gauges = PyTuple_New(BUS_NUM_GAUGES);
     for (Py_ssize_t i = 0; gauges != NULL && i < BUS_NUM_GAUGES; i++)
@@ -153,6 +150,17 @@ PyObject *bus_segment_statistics(Segment *self, PyObject *unused)
     return Py_BuildValue("(KKKKNNKN)", LOAD(driver->published), LOAD(driver->published_bytes), LOAD(driver->blocked_ns),
                          LOAD(driver->checksum_failures), waits_of(&driver->waits), gauges, LOAD(driver->gauges_ns),
                          ranks);
+}
+
+PyObject *bus_segment_statistics(Segment *self, PyObject *unused)
+{
+    (void)unused;
+    if (!bus_usable(self))
+        return NULL;
+    bus_enter(self); /* making objects may collect garbage, and a finaliser close us */
+    PyObject *statistics = statistics_of(self);
+    bus_leave(self);
+    return statistics;
 }
 
 PyObject *bus_segment_header(Segment *self, PyObject *unused)

@@ -52,12 +52,12 @@ static PyObject *raise_closed_by_driver(void)
     return NULL;
 }
 
-static void enter(Segment *self)
+void bus_enter(Segment *self)
 {
     self->num_inside++;
 }
 
-static void leave(Segment *self)
+void bus_leave(Segment *self)
 {
     self->num_inside--;
     if (self->closed && self->num_inside == 0)
@@ -247,14 +247,19 @@ static bool wait_for(Segment *self, enum bus_bell_index bell, bool (*is_ready)(c
                      struct bus_pace *pace, uint64_t deadline_ns, struct bus_waits *waits, bool *is_mine)
 {
     enum bus_result result;
-    enter(self);
-    *is_mine = true;
-    Py_BEGIN_ALLOW_THREADS
-    result = bus_wait(&self->bus.bells->bells[bell], is_ready, of, pace, deadline_ns, waits);
-    Py_END_ALLOW_THREADS
-    *is_mine = false; /* a signal handler may use the bus */
-    const bool interrupted = result == BUS_SIGNAL && PyErr_CheckSignals() < 0;
-    leave(self);
+    bool interrupted;
+    bus_enter(self);
+    do {
+        *is_mine = true;
+        Py_BEGIN_ALLOW_THREADS
+        result = bus_wait(&self->bus.bells->bells[bell], is_ready, of, pace, deadline_ns, waits);
+        Py_END_ALLOW_THREADS
+        *is_mine = false; /* a signal handler may use the bus */
+        /* Before a record is taken: one that a handler's exception met on its way to the caller would be lost. */
+        interrupted = PyErr_CheckSignals() < 0;
+    } while (result == BUS_SIGNAL && !interrupted && !self->closed);
+    pace->begin_ns = 0;
+    bus_leave(self);
     if (interrupted || !bus_usable(self))
         return false;
     if (result != BUS_FAILED)
@@ -322,7 +327,7 @@ static PyObject *segment_write(Segment *self, PyObject *const *args, Py_ssize_t 
     }
     const unsigned long kind = PyLong_AsUnsignedLong(args[1]);
     const double timeout_s = PyFloat_AsDouble(args[2]);
-    if (PyErr_Occurred() || !has_rings(self))
+    if (PyErr_Occurred())
         return NULL;
     if (kind >= BUS_PAD) {
         PyErr_Format(PyExc_OverflowError, "a record's kind is less than %u", BUS_PAD);
@@ -332,12 +337,14 @@ static PyObject *segment_write(Segment *self, PyObject *const *args, Py_ssize_t 
         PyErr_SetString(PyExc_ValueError, NO_TIMEOUT);
         return NULL;
     }
-    if (self->is_writing) {
+    if (PyObject_GetBuffer(args[0], &payload, PyBUF_SIMPLE) < 0) /* first: it may run anything */
+        return NULL;
+    if (self->is_writing)
         PyErr_SetString(BusError, "two threads write to the bus at the same time: one thread writes");
+    if (self->is_writing || !has_rings(self)) {
+        PyBuffer_Release(&payload);
         return NULL;
     }
-    if (PyObject_GetBuffer(args[0], &payload, PyBUF_SIMPLE) < 0)
-        return NULL;
     const int written = write_payload(self, &payload, (uint32_t)kind, timeout_s);
     if (written > 0) {
         struct bus_status *status = is_driver(self) ? NULL : bus_status_of(&self->bus, (uint32_t)self->bus.rank);
@@ -433,11 +440,11 @@ static enum bus_result take(Segment *self, uint32_t index, PyObject *decoders, P
     } else if (record.cause_ns != 0) {
         bus_record_ns(&status->reply_ns, now_ns - record.cause_ns);
     }
-    enter(self);
+    bus_enter(self);
     *decoded = decode(self, decoders, &record, payload);
     bus_release(reader, &record);
     bus_ring_bell(&self->bus.bells->bells[is_driver(self) ? BUS_REPLY_SPACE_BELL : BUS_SPACE_BELL]);
-    leave(self);
+    bus_leave(self);
     return BUS_OK;
 }
 
@@ -522,6 +529,7 @@ static PyObject *segment_holding_back(Segment *self, PyObject *arg)
         return NULL;
     const struct bus_writer *writer = &self->bus.writer;
     const struct bus_ring *ring = &writer->ring;
+    bus_enter(self); /* making objects may collect garbage, and a finaliser close us */
     PyObject *ranks = PyList_New(0);
     for (uint32_t i = 0; ranks != NULL && i < ring->num_heads; i++) {
         struct bus_ring one = *ring;
@@ -534,6 +542,7 @@ static PyObject *segment_holding_back(Segment *self, PyObject *arg)
             Py_CLEAR(ranks);
         Py_XDECREF(rank);
     }
+    bus_leave(self);
     return ranks;
 }
 

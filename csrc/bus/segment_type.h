@@ -44,6 +44,10 @@ extern PyTypeObject bus_segment_type, bus_payload_type;
 /* False, with an exception set, unless the shared memory may be used. */
 bool bus_usable(const Segment *self);
 
+/* Around whatever may let go of the GIL, or run Python, between two looks at the mapping. */
+void bus_enter(Segment *self);
+void bus_leave(Segment *self);
+
 /* segment_status.c */
 PyObject *bus_segment_set_status(Segment *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *bus_segment_set_error(Segment *self, PyObject *text);

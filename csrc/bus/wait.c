@@ -110,8 +110,9 @@ static enum bus_result spin(bool (*is_ready)(const void *), const void *of, bool
 }
 
 /* What a policy spends. Waits whose mean is up to `short_ns` spin from their beginning: it must exceed what a wait takes
- * whose other side parks too (200 us, with cold caches), or the two would go on parking for each other. Longer ones spin around the
- * moment they should end, for at most 1/`share` of the mean on either side and never more than `most_ns`. */
+ * whose other side parks too (200 us, with cold caches), or the two would go on parking for each other. Longer ones
+ * spin around the moment they should end, for at most 1/`share` of the mean on either side, never more than `most_ns`,
+ * and before that for LEAD_NS at most. */
 static const struct {
     int64_t short_ns;
     int64_t share;
@@ -178,21 +179,26 @@ static void learn(struct bus_pace *pace, int64_t took_ns)
     pace->num_outliers = 0;
 }
 
-/* Wait until `is_ready(of)`, which a ring of `bell` follows: BUS_OK; BUS_AGAIN at the deadline; BUS_SIGNAL; BUS_FAILED.
- * One thread at a time for each `pace` and `waits`. */
+/* Wait until `is_ready(of)`, which a ring of `bell` follows: BUS_OK; BUS_AGAIN at the deadline; BUS_FAILED; BUS_SIGNAL
+ * where a signal arrived, or may have arrived during a spin, which no signal ends: whoever sees to signals does so and
+ * calls again. One thread at a time for each `pace` and `waits`. */
 enum bus_result bus_wait(struct bus_bell *bell, bool (*is_ready)(const void *), const void *of, struct bus_pace *pace,
                          uint64_t deadline_ns, struct bus_waits *waits)
 {
-    const uint64_t begin_ns = bus_now_ns();
-    struct window window = plan(pace, begin_ns);
+    const uint64_t entered_ns = bus_now_ns();
+    const bool has_spun = pace->begin_ns != 0;
+    const uint64_t begin_ns = has_spun ? pace->begin_ns : entered_ns;
+    struct window window = has_spun ? (struct window){entered_ns, entered_ns} : plan(pace, entered_ns);
     enum bus_result result = BUS_AGAIN;
-    uint64_t spun_ns = 0, now_ns = begin_ns;
+    uint64_t spun_ns = 0, now_ns = entered_ns;
     bool parked = true;
+
+    pace->begin_ns = 0;
 
     if (window.until_ns > deadline_ns)
         window.until_ns = deadline_ns;
     if (window.until_ns > window.from_ns) {
-        if (window.from_ns > begin_ns) {
+        if (window.from_ns > entered_ns) {
             result = park_precisely(bell, is_ready, of, window.from_ns);
             now_ns = bus_now_ns();
         }
@@ -200,7 +206,11 @@ enum bus_result bus_wait(struct bus_bell *bell, bool (*is_ready)(const void *), 
             const uint64_t spin_begin_ns = now_ns;
             result = spin(is_ready, of, pace->crowded, window.until_ns, &now_ns);
             spun_ns = now_ns - spin_begin_ns;
-            parked = result != BUS_OK;
+            parked = false;
+            if (result == BUS_AGAIN && now_ns < deadline_ns) {
+                pace->begin_ns = begin_ns;
+                result = BUS_SIGNAL;
+            }
         }
     }
     if (result == BUS_AGAIN && window.until_ns < deadline_ns) {
@@ -210,9 +220,10 @@ enum bus_result bus_wait(struct bus_bell *bell, bool (*is_ready)(const void *), 
     if (result == BUS_OK)
         learn(pace, (int64_t)(now_ns - begin_ns));
     if (waits != NULL) {
-        bus_count(parked ? &waits->parked : &waits->spun, 1);
+        if (parked || result == BUS_OK)
+            bus_count(parked ? &waits->parked : &waits->spun, 1);
         bus_count(&waits->spun_ns, spun_ns);
-        bus_count(&waits->parked_ns, now_ns - begin_ns - spun_ns);
+        bus_count(&waits->parked_ns, now_ns - entered_ns - spun_ns);
     }
     return result;
 }

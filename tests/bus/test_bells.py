@@ -1,6 +1,7 @@
 """Waiting: no wake-up is lost, no wait outlasts its deadline, and closing or a signal ends it."""
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -106,6 +107,56 @@ def test_a_signal_handler_that_returns_does_not_shorten_a_wait_and_may_use_the_b
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("policy", ["balanced", "latency"])
+def test_ctrl_c_during_a_spin_loses_no_record_and_is_heard_at_once(make_pair, policy):
+    driver, worker = make_pair(policy, cores=64)
+    for _ in range(20):  # so that the wait has learned to spin
+        driver.write(b"ping", 0, 0.0)
+        assert worker.read(AS_BYTES, 1) == b"ping"
+
+    def interrupt(signum, frame):
+        driver.write(b"just now", 0, 0.0)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(20):
+            begin = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, 5e-5)
+            with pytest.raises(KeyboardInterrupt):
+                worker.read(AS_BYTES, 20)
+            assert time.monotonic() - begin < 10
+            assert worker.read(AS_BYTES, 1) == b"just now"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_garbage_collection_that_closes_the_bus_while_figures_are_made_is_safe(make_pair):
+    for at in range(1, 6):
+        driver, worker = make_pair()
+        driver.write(b"a", 0, 0.0)
+        seen = []
+
+        def close(phase, info, seen=seen, at=at, worker=worker):
+            if phase == "start":
+                seen.append(phase)
+                if len(seen) == at:
+                    worker.close()
+
+        threshold = gc.get_threshold()
+        gc.callbacks.append(close)
+        gc.set_threshold(1)
+        try:
+            with contextlib.suppress(BusClosed):
+                for _ in range(10):
+                    worker.statistics()
+                    worker.holding_back(10)
+        finally:
+            gc.set_threshold(*threshold)
+            gc.callbacks.remove(close)
 
 
 def num_waiters(segment, bell: int) -> int:

@@ -111,6 +111,11 @@ class DriverChannel:
         """What `rank` is doing, without asking it. ProtocolError: its page holds what no worker writes."""
         return WorkerStatus.of(rank, *self._segment.status(rank))
 
+    @property
+    def stale(self) -> int:
+        """A segment has one epoch: what its ranks reply is for the executor to look at."""
+        return 0
+
     def set_gauges(self, stats: EngineStats) -> None:
         """Show the engine's figures to whoever observes. Costs a quarter of a microsecond."""
         self._segment.set_gauges(msgspec.structs.astuple(stats))

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from zmqexec.bus.extension import BUILD_ID
 from zmqexec.bus.memory import shared_file
-from zmqexec.bus.status import Phase
+from zmqexec.bus.status import Phase, WorkerStatus
 from zmqexec.bus.transport import open_driver_channel
 from zmqexec.child import PACKAGE_DIR
 from zmqexec.config import EngineConfig
@@ -69,7 +69,7 @@ class MultiprocExecutor:
         self._close_lock = threading.Lock()
         self._owner_pid = os.getpid()
         self._is_closed = False
-        self.stale_replies = self.wrong_epoch_replies = 0
+        self.stale_replies = self._wrong_epoch_replies = 0
         try:
             self._open()
         except OSError as error:
@@ -108,7 +108,7 @@ class MultiprocExecutor:
             self._group.watch()
             self._stall = StallWatch(
                 self._group.workers,
-                self._channel.status,
+                self._status,
                 self._config.stall_warning_s or 0.0,
                 self._config.step_timeout_s,
             )
@@ -191,6 +191,11 @@ class MultiprocExecutor:
         self._check_open()
         self._raise_if_dead()
 
+    @property
+    def wrong_epoch_replies(self) -> int:
+        """Those that reached us, and those that the transport dropped."""
+        return self._wrong_epoch_replies + self._channel.stale
+
     def show(self, stats: EngineStats) -> None:
         """Leave the engine's figures on the status page."""
         with contextlib.suppress(BusClosed):  # by another thread, just now
@@ -208,6 +213,9 @@ class MultiprocExecutor:
             self._channel.publish(message, self._config.step_timeout_s, check=self._check_while_publishing)
         except BusTimeout as error:
             raise self._stall.error(getattr(message, "step_id", -1)) from error
+        except BusClosed:
+            self._check_open()  # closed by another thread
+            raise
 
     def _check_while_publishing(self) -> None:
         """A worker that waits to deliver a large reply would never take our large message: take its reply first."""
@@ -228,7 +236,7 @@ class MultiprocExecutor:
                 continue
             rank, message = received
             if message.epoch != self._epoch:
-                self.wrong_epoch_replies += 1
+                self._wrong_epoch_replies += 1
             elif isinstance(message, Failure):
                 raise self._root_cause(rank, message)
             else:
@@ -300,7 +308,14 @@ class MultiprocExecutor:
 
     def _where(self, worker: Worker) -> str:
         """What the status page says about a rank."""
-        return self._channel.status(worker.rank).where()
+        return self._status(worker.rank).where()
+
+    def _status(self, rank: int) -> WorkerStatus:
+        try:
+            return self._channel.status(rank)
+        except BusClosed:
+            self._check_open()  # closed by another thread
+            raise
 
     # ── end ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

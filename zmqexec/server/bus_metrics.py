@@ -28,7 +28,12 @@ def bus_lines(bus: Snapshot) -> Iterator[str]:
     yield from _family(
         "bus_published_records_total", "counter", "Messages of the driver to the workers.", [("", driver.published)]
     )
-    yield from _family("bus_published_bytes_total", "counter", "Their payload.", [("", driver.published_bytes)])
+    yield from _family(
+        "bus_published_bytes_total",
+        "counter",
+        "Their bytes in shared memory.",
+        [("", driver.published_bytes)],
+    )
     yield from _family(
         "bus_received_records_total", "counter", "Messages that a rank has read.",
         [(name, rank.counts.received) for name, rank in each],
@@ -74,7 +79,7 @@ def bus_lines(bus: Snapshot) -> Iterator[str]:
         [(name, rank.counts.pickup) for name, rank in each],
     )  # fmt: skip
     yield from _histograms(
-        "bus_reply_seconds", "From publishing a message to the driver's reading a rank's reply to it.",
+        "bus_reply_seconds", "From publishing a message to reading a rank's reply to it.",
         [(name, rank.counts.reply) for name, rank in each],
     )  # fmt: skip
 

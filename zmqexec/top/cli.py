@@ -25,7 +25,7 @@ import msgspec
 
 from zmqexec.bus.observer import Observer, Process, all_engines, ancestors_of, owner_of
 from zmqexec.bus.statistics import Snapshot
-from zmqexec.errors import UserError, ZmqexecError
+from zmqexec.errors import ProtocolError, UserError, ZmqexecError
 from zmqexec.top.report import Processes, Report, make_report
 from zmqexec.top.screen import lines_of, list_of, reference_of
 from zmqexec.version import __version__
@@ -140,7 +140,9 @@ def _is_meant(wanted: str, engine: Observer, engines: list[Observer]) -> bool:
     if not wanted.isdecimal():
         return False
     pid = int(wanted)
-    family = {engine.pid, *ancestors_of(engine.pid), *(rank.status.pid for rank in engine.snapshot().ranks)}
+    family = {engine.pid, *ancestors_of(engine.pid)}
+    with contextlib.suppress(ProtocolError):  # a damaged page of an engine that may not be meant at all
+        family.update(rank.status.pid for rank in engine.snapshot().ranks)
     return pid in family - {0}
 
 

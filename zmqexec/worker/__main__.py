@@ -82,8 +82,10 @@ class Worker:
             if self._channel.closed:
                 return 0  # peers that saw it first have left in the middle of a collective, and nobody asks for more
             traceback.print_exc()
-            with contextlib.suppress(Exception):  # the driver sees this process end in any case
+            # The driver sees this process end in any case.
+            with contextlib.suppress(Exception):
                 self._channel.set_error(repr(error))
+            with contextlib.suppress(Exception):
                 self._channel.reply(self._failure(error), REPLY_TIMEOUT_S)
             return 1
         return 0
@@ -154,8 +156,7 @@ class Worker:
         self._channel.set_status(phase, self._step_id)
 
     def _failure(self, error: BaseException) -> Failure:
-        if isinstance(error, UserError):
-            info = ErrorInfo(type(error).__name__, str(error), error.param)
-        else:
-            info = ErrorInfo(type(error).__name__, "".join(traceback.format_exception(error)).rstrip())
+        text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
+        text = text.encode(errors="backslashreplace").decode()  # the name of a file may be no UTF-8
+        info = ErrorInfo(type(error).__name__, text, error.param if isinstance(error, UserError) else None)
         return Failure(self._epoch, self._step_id, self._phase.name, info)

@@ -11,6 +11,7 @@ Threads: libzmq's two (over TCP three), and one that owns the control connection
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -228,8 +229,9 @@ class ZmqDriverChannel:
 
     def wake(self) -> None:
         """Make a waiting `receive` return and a waiting `publish` call its check. From any thread, also when closed."""
-        self._end.woken = True
-        self._end.wake()
+        with contextlib.suppress(BusError), self._gate:  # closed just now, or a fork's, which wakes nobody
+            self._end.woken = True
+            self._end.wake()
 
     def set_gauges(self, stats: EngineStats) -> None:
         """There is no shared page to show them on."""

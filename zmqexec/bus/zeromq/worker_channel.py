@@ -181,7 +181,7 @@ class ZmqWorkerChannel:
 
     def set_error(self, text: str) -> None:
         """Tell the driver the beginning of `text` (232 bytes), for its `status`."""
-        self._end.state.error = text.encode()[:ERROR_BYTES].decode(errors="ignore")
+        self._end.state.error = text.encode(errors="replace")[:ERROR_BYTES].decode(errors="ignore")
         self._end.service.wake.ring()
 
     @property
