@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of every decoder; and each kind of fuzzer, finding a check that was taken away.
 
-ZMQEXEC_FUZZ_S is the time for all of it, in seconds. Debian: clang libclang-rt-14-dev; PyPI: atheris.
+ZMQEXEC_FUZZ_S is the time for all of it, in seconds. Debian: clang libclang-rt-dev; PyPI: atheris.
 """
 
 from __future__ import annotations
