@@ -1,4 +1,4 @@
-/* A stress test of the bus without Python, for the sanitizers and for other processors (PROTOCOL.md says what for).
+/* A stress test of the bus without Python, for the sanitizers and for other processors (fuzz/README.md says what for).
  *
  *     stress threads|forks|processes READERS MESSAGES SEED [torn|overrun]
  *
