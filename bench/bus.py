@@ -248,7 +248,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "cpu_times": "exact" if has_cpu_clocks() else "ticks",
         "load_at_end": round(os.getloadavg()[0], 2),
     }
