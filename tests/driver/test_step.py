@@ -152,7 +152,7 @@ def test_the_engines_figures_are_shown_when_work_ends_and_at_most_every_few_mill
         driver.step()
     assert len(executor.shown) == 1, "the clock stood still"
     assert executor.shown[0].num_running == 1
-    now += step.SHOW_EVERY_S
+    now += 2 * step.SHOW_EVERY_S
     driver.step()
     assert len(executor.shown) == 2
     finish(driver)

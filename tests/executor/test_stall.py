@@ -22,6 +22,7 @@ from tests.server.real_server import RealServer
 from zmqexec import AsyncEngine, Engine, SamplingParams, WorkerStalled, ZmqexecError
 from zmqexec.bus.status import Phase, WorkerStatus
 from zmqexec.executor import stall
+from zmqexec.executor.multiproc import MultiprocExecutor
 
 WARN_S = 0.4
 DEADLINE_S = 30.0
@@ -130,6 +131,9 @@ def test_warnings_about_one_step_come_at_growing_intervals(said: Said, hang: Cal
 def test_a_stopped_process_is_called_that_and_not_asked_for_a_stack(said: Said) -> None:
     with Engine(tensor_parallel_size=2, stall_warning_s=WARN_S) as engine:
         worker = workers()["worker 1"]
+        executor = engine._driver._executor
+        assert isinstance(executor, MultiprocExecutor)
+        wait_for(lambda: executor._channel.status(1).phase == Phase.IDLE, 10.0, "a worker that waits")
         worker.suspend()
         wait_for(lambda: is_stopped(worker.pid), 10.0, "a stopped worker")
         generating = Generating(engine)

@@ -12,6 +12,8 @@ inherited file descriptors, which `attachment` tells and `open_worker_channel` t
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
@@ -85,7 +87,7 @@ def open_driver_channel(
         try:
             return _open_ring(num_workers, epoch, ring_bytes, wait_policy, has_checksums, name)
         except BusError as error:
-            if transport == "ring":
+            if transport == "ring" or os.strerror(errno.EMFILE) in str(error):  # ZeroMQ would need more of them
                 raise
             warnings.warn(
                 f"steps travel by ZeroMQ, which is slower, for there is no shared memory: {error}", stacklevel=2

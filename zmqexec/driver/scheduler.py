@@ -117,6 +117,11 @@ class Scheduler:
         return bool(self._waiting or self._running or self._num_outstanding or self._aborted)
 
     @property
+    def has_requests(self) -> bool:
+        """True while a request runs or waits."""
+        return bool(self._waiting or self._running)
+
+    @property
     def stats(self) -> EngineStats:
         """Gauges and counters of this moment."""
         return EngineStats(

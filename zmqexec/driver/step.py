@@ -112,7 +112,7 @@ class Driver:
             output = self._executor.collect()
             agree = False
             updates = self._scheduler.update(self._outstanding.popleft(), output)
-            if not self.has_unfinished or time.monotonic() - self._shown >= SHOW_EVERY_S:
+            if not self._scheduler.has_requests or time.monotonic() - self._shown >= SHOW_EVERY_S:
                 self._show()
             return updates
         except ZmqexecError as error:
