@@ -2,7 +2,7 @@
  *
  * One `bus_segment` is one process's view of the shared memory. Functions return a `bus_result`; for the failures the
  * reason is in the caller's `bus_why`. No function here is safe against a concurrent `bus_segment_unmap`, and a ring's
- * end belongs to one thread at a time; segment_type.c sees to both. */
+ * end belongs to one thread at a time; segment_records.c sees to both. */
 #ifndef ZMQEXEC_BUS_RING_H
 #define ZMQEXEC_BUS_RING_H
 

@@ -48,6 +48,19 @@ bool bus_usable(const Segment *self);
 void bus_enter(Segment *self);
 void bus_leave(Segment *self);
 
+static inline bool bus_is_driver(const Segment *self)
+{
+    return self->bus.rank == BUS_DRIVER;
+}
+
+bool bus_closed_by_driver(const Segment *self);
+
+/* segment_records.c */
+PyObject *bus_segment_write(Segment *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *bus_segment_read(Segment *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *bus_segment_wake(Segment *self, PyObject *unused);
+PyObject *bus_segment_holding_back(Segment *self, PyObject *length);
+
 /* segment_status.c */
 PyObject *bus_segment_set_status(Segment *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *bus_segment_set_error(Segment *self, PyObject *text);

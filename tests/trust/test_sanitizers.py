@@ -113,7 +113,7 @@ def tree(folder: Path) -> Path:
 def build_extension(tree: Path, changed: Path | None = None) -> None:
     """Under the address sanitizer, with the compiler that the tests above use."""
     sources = PORTABLE + tuple(
-        BUS / f"{name}.c" for name in ("death_watch", "module", "segment_type", "segment_status")
+        BUS / f"{name}.c" for name in ("death_watch", "module", "segment_type", "segment_records", "segment_status")
     )
     folders = {sysconfig.get_path(name) for name in ("include", "platinclude")}
     include = [flag for folder in folders for flag in ("-isystem", folder)]
