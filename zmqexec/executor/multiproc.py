@@ -302,6 +302,7 @@ class MultiprocExecutor:
         return found
 
     def _died(self, worker: Worker) -> WorkerDied:
+        worker.child.wait(1.0)  # it has ended, but the watcher may be reaping it just now
         return WorkerDied.of(
             worker.rank, worker.child.pid, worker.child.exit_code(), f"in {self._where(worker)}", worker.log_tail
         )
