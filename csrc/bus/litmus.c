@@ -15,7 +15,8 @@
  *     cc -std=gnu11 -O2 -pthread litmus.c -o litmus && ./litmus [iterations [seconds per variant]]
  *
  * Prints a line per variant: on a machine whose cores are busy with something else the two threads seldom run at once,
- * and the seconds may end before the iterations do. Exit status 0: none lost with both fences; 1: some lost; 2: it could not run. */
+ * and the seconds may end before the iterations do.
+ * Exit status 0: none lost with both fences; 1: some lost; 2: it could not run. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <inttypes.h>

@@ -29,7 +29,8 @@ struct room {
 
 static bool is_closed(const Segment *self)
 {
-    return atomic_load_explicit(&self->closed, memory_order_relaxed) || (!bus_is_driver(self) && bus_closed_by_driver(self));
+    return atomic_load_explicit(&self->closed, memory_order_relaxed) ||
+           (!bus_is_driver(self) && bus_closed_by_driver(self));
 }
 
 static bool has_room(const void *of)

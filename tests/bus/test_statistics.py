@@ -9,9 +9,13 @@ import pytest
 
 from zmqexec import _bus
 from zmqexec.bus.channel import DriverChannel, WorkerChannel
-from zmqexec.bus.statistics import Histogram, Snapshot, bucket_begin_ns
+from zmqexec.bus.statistics import BUCKET_FIRST_OCTAVE, Histogram, Snapshot, bucket_begin_ns
 from zmqexec.bus.status import Phase
 from zmqexec.protocol import CacheReady, EngineStats, InitCache
+
+
+def test_the_buckets_begin_where_those_of_the_extension_do():
+    assert BUCKET_FIRST_OCTAVE == _bus.BUCKET_FIRST_OCTAVE
 
 
 def observe(stack, driver):

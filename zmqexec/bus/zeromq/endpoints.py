@@ -18,7 +18,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import zmq
 
@@ -45,15 +45,16 @@ PATH_LIMIT = 107 if sys.platform == "linux" else 103  # of a Unix socket's name,
 TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]+):(?P<port>\d{1,5}|\*)")
 
 
-class Place:
+class Place(Protocol):
     """Endpoints to bind, three for each rank. `close` removes what it made. Idempotent."""
 
     def endpoint(self, rank: int, kind: int) -> str:
         """Where to bind."""
-        raise NotImplementedError
+        ...
 
     def close(self) -> None:
         """Nothing to remove."""
+        return
 
 
 class AbstractPlace(Place):
