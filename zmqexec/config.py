@@ -39,8 +39,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model                   folder of a Hugging Face checkpoint (config.json, *.safetensors); default: the demo model
     tokenizer               folder with the tokenizer, when it is not the model's own
     tensor_parallel_size    number of worker processes that share each layer
-    device                  where workers compute; this version runs on the CPU only
-    dtype                   of weights and KV cache; auto is float32 on the CPU
+    device                  where workers compute; auto: NVIDIA GPUs where there are any and torch can use them
+    dtype                   of weights and KV cache; auto: float32 on the CPU, on a GPU the checkpoint's 16-bit type
     load_format             dummy: random weights at the geometry of config.json, for benchmarks
     max_model_len           longest prompt plus output, in tokens; default: what the checkpoint declares
     max_num_seqs            sequences that run at the same time
@@ -50,6 +50,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     gpu_memory_utilization  share of a GPU's memory that a worker may take
     enable_prefix_caching   keep the KV of finished prompts for later prompts that begin alike
     enable_chunked_prefill  split long prompts over steps, so that running sequences are not held up
+    cuda_graphs             replay decode steps on a GPU from graphs captured at start-up; off for debugging
     executor                multiproc: a process per rank; inline: in this process, one rank, for debugging
     run_ahead               steps published before the result of an earlier one is known; 0 for debugging
     seed                    seed of requests that bring none; default: from the operating system
@@ -78,6 +79,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     gpu_memory_utilization: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.9
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    cuda_graphs: bool = True
     executor: Literal["auto", "inline", "multiproc"] = "auto"
     run_ahead: Annotated[int, Meta(ge=0, le=4)] = 1
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
@@ -92,8 +94,6 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     name: Annotated[str, Meta(min_length=1, max_length=63)] | None = None
 
     def __post_init__(self) -> None:
-        if self.device == "cuda":
-            raise ConfigError("device='cuda': this version computes on the CPU only; use device='cpu'", "device")
         if self.executor == "inline" and self.tensor_parallel_size > 1:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size} with executor='inline': "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Iterable
+from typing import Literal
 
 from msgspec import Struct
 
@@ -64,6 +65,7 @@ class LoadModel(Message, tag=1, frozen=True):
     dtype: str
     max_model_len: int
     num_threads: int
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 class InitCache(Message, tag=2, frozen=True):

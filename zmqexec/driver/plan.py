@@ -8,16 +8,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from zmqexec.cache_size import cpu_cache_bytes
 from zmqexec.checkpoint import Checkpoint
 from zmqexec.config import EngineConfig
 from zmqexec.demo import CHECKPOINT as DEMO_CHECKPOINT
+from zmqexec.driver.gpus import choose_device
 from zmqexec.errors import ConfigError
 from zmqexec.model_config import ModelConfig, check_tensor_parallel, load_model_config
 from zmqexec.protocol import LoadModel
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GPU_BLOCK_STEP = 16
+MAX_GPU_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Plan:
     model_dir: Path
     model: ModelConfig
     dtype: str
-    device: str
+    device: Literal["cpu", "cuda"]
     max_model_len: int
     num_threads: int
 
@@ -48,7 +52,9 @@ class Plan:
 
     def load_message(self, epoch: int) -> LoadModel:
         """What the workers need to load."""
-        return LoadModel(epoch, self.config, str(self.model_dir), self.dtype, self.max_model_len, self.num_threads)
+        return LoadModel(
+            epoch, self.config, str(self.model_dir), self.dtype, self.max_model_len, self.num_threads, self.device
+        )
 
     def num_blocks(self, kv_cache_bytes: int) -> int:
         """Blocks that fit; `ConfigError` if a single sequence of the longest length would not."""
@@ -73,6 +79,7 @@ def make_plan(config: EngineConfig) -> Plan:
     model_dir = DEMO_CHECKPOINT if config.model is None else Path(config.model).expanduser().absolute()
     model = load_model_config(model_dir)
     check_tensor_parallel(model, config.tensor_parallel_size)
+    device = choose_device(config)
     if config.tensor_parallel_size > 1 and not Path("/proc/self/fd").exists():
         raise ConfigError(
             f"tensor_parallel_size={config.tensor_parallel_size}: on this platform ranks cannot exchange their partial "
@@ -98,14 +105,40 @@ def make_plan(config: EngineConfig) -> Plan:
         config=config,
         model_dir=model_dir,
         model=model,
-        dtype="float32" if config.dtype == "auto" else config.dtype,
-        device="cpu",
+        dtype=_auto_dtype(model, device) if config.dtype == "auto" else config.dtype,
+        device=device,
         max_model_len=max_model_len,
         num_threads=config.num_threads or max(1, _num_cores() // config.tensor_parallel_size),
     )
-    # The workers say the last word, when their weights are loaded; what cannot fit even now is refused now.
-    plan.num_blocks(cpu_cache_bytes(config, model, max_model_len, DTYPE_BYTES[plan.dtype]))
+    if device == "cuda":
+        _check_for_gpu(plan)
+    else:
+        # The workers say the last word, when their weights are loaded; what cannot fit even now is refused now.
+        plan.num_blocks(cpu_cache_bytes(config, model, max_model_len, DTYPE_BYTES[plan.dtype]))
     return plan
+
+
+def _auto_dtype(model: ModelConfig, device: str) -> str:
+    """float32 on the CPU. On a GPU the checkpoint's own type, and bfloat16 for a float32 one, as in vLLM."""
+    if device == "cpu":
+        return "float32"
+    return "float16" if model.dtype == "float16" else "bfloat16"
+
+
+def _check_for_gpu(plan: Plan) -> None:
+    """`ConfigError` for what the kernels cannot do."""
+    if plan.dtype == "float32":
+        return  # plain torch
+    if plan.config.block_size % GPU_BLOCK_STEP:
+        raise ConfigError(
+            f"block_size={plan.config.block_size}: on a GPU it must be a multiple of {GPU_BLOCK_STEP}", "block_size"
+        )
+    if plan.model.head_dim > MAX_GPU_HEAD_DIM or plan.model.head_dim % 8:
+        raise ConfigError(
+            f"the model's head_dim={plan.model.head_dim} is not supported on a GPU in {plan.dtype}: it must be a "
+            f"multiple of 8 and at most {MAX_GPU_HEAD_DIM}; use dtype='float32' or device='cpu'",
+            "device",
+        )
 
 
 def _num_cores() -> int:

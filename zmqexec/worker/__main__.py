@@ -30,8 +30,11 @@ from zmqexec.protocol import (
     StepInput,
 )
 from zmqexec.version import __version__
+from zmqexec.worker.outputs import OutputThread, Pending
 
 if TYPE_CHECKING:
+    from zmqexec.worker.collectives import Collectives
+    from zmqexec.worker.gpu.runner import GpuRunner
     from zmqexec.worker.runner import ModelRunner
 
 WAIT_S = 60.0
@@ -70,7 +73,8 @@ class Worker:
         self._epoch: int = arguments["epoch"]
         self._phase = Phase.STARTING
         self._step_id = -1
-        self._runner: ModelRunner | None = None
+        self._runner: ModelRunner | GpuRunner | None = None
+        self._outputs: OutputThread | None = None
 
     def run(self) -> int:
         """Serve until the bus closes; the exit code. An exception is sent to the driver first."""
@@ -82,13 +86,18 @@ class Worker:
             if self._channel.closed:
                 return 0  # peers that saw it first have left in the middle of a collective, and nobody asks for more
             traceback.print_exc()
-            # The driver sees this process end in any case.
-            with contextlib.suppress(Exception):
-                self._channel.set_error(repr(error))
-            with contextlib.suppress(Exception):
-                self._channel.reply(self._failure(error), REPLY_TIMEOUT_S)
+            if self._outputs is not None:
+                self._outputs.stop()
+            self._report(error)
             return 1
         return 0
+
+    def _report(self, error: BaseException) -> None:
+        """Tell the driver, which sees this process end in any case."""
+        with contextlib.suppress(Exception):
+            self._channel.set_error(repr(error))
+        with contextlib.suppress(Exception):
+            self._channel.reply(self._failure(error), REPLY_TIMEOUT_S)
 
     def _serve(self) -> None:
         hello = Hello(self._epoch, self._rank, os.getpid(), str(PACKAGE_DIR), __version__, BUILD_ID)
@@ -111,15 +120,34 @@ class Worker:
     def _step(self, step: StepInput) -> None:
         self._step_id = step.step_id
         self._set_phase(Phase.PREFILL if step.prefills else Phase.DECODE)
-        output = self._open_runner().run(step)
+        runner = self._open_runner()
+        if self._outputs is not None:
+            self._outputs.put(runner.submit(step))  # type: ignore[union-attr]
+            return
+        output = runner.run(step)
         if self._rank == 0:
             self._set_phase(Phase.REPLYING)
             self._channel.reply(output, REPLY_TIMEOUT_S)
 
     def _load(self, load: LoadModel) -> None:
         self._set_phase(Phase.LOADING)
-        # Imported only now: torch takes seconds, and the death watch and the bus must stand before.
-        from zmqexec.worker.collectives import Collectives, LocalCollectives
+        self._runner = self._make_gpu_runner(load) if load.device == "cuda" else self._make_cpu_runner(load)
+        reported = -1
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal reported
+            part = done * PROGRESS_STEPS // max(total, 1)
+            if part > reported:
+                reported = part
+                self._channel.reply(LoadProgress(self._epoch, done, total), REPLY_TIMEOUT_S)
+
+        kv_cache_bytes = self._runner.load(on_progress)
+        self._channel.reply(ModelLoaded(self._epoch, kv_cache_bytes), REPLY_TIMEOUT_S)
+
+    # torch is imported only now: it takes seconds, and the death watch and the bus must stand before.
+
+    def _make_cpu_runner(self, load: LoadModel) -> ModelRunner:
+        from zmqexec.worker.collectives import LocalCollectives
         from zmqexec.worker.runner import ModelRunner
         from zmqexec.worker.shared_memory import SharedMemoryCollectives
 
@@ -133,20 +161,39 @@ class Worker:
                 arguments["collective_timeout_s"],
                 join_timeout_s=arguments["join_timeout_s"],
             )
-        self._runner = ModelRunner(load, collectives, on_phase=self._set_phase)
-        reported = -1
+        return ModelRunner(load, collectives, on_phase=self._set_phase)
 
-        def on_progress(done: int, total: int) -> None:
-            nonlocal reported
-            part = done * PROGRESS_STEPS // max(total, 1)
-            if part > reported:
-                reported = part
-                self._channel.reply(LoadProgress(self._epoch, done, total), REPLY_TIMEOUT_S)
+    def _make_gpu_runner(self, load: LoadModel) -> GpuRunner:
+        from zmqexec.worker.gpu.collectives import make_collectives
+        from zmqexec.worker.gpu.device import CudaDevice
+        from zmqexec.worker.gpu.runner import GpuRunner
 
-        kv_cache_bytes = self._runner.load(on_progress)
-        self._channel.reply(ModelLoaded(self._epoch, kv_cache_bytes), REPLY_TIMEOUT_S)
+        arguments = self._arguments
+        device = CudaDevice(self._rank)
+        collectives = make_collectives(
+            self._rank,
+            arguments["tp_size"],
+            arguments["store_fd"],
+            arguments["collective_timeout_s"],
+            join_timeout_s=arguments["join_timeout_s"],
+        )
+        self._outputs = OutputThread(self._deliver, self._fail_from_thread)
+        return GpuRunner(load, collectives, device, on_phase=self._set_phase)
 
-    def _open_runner(self) -> ModelRunner:
+    def _deliver(self, pending: Pending) -> None:
+        output = pending.result()
+        if self._rank == 0:
+            self._channel.reply(output, REPLY_TIMEOUT_S)
+
+    def _fail_from_thread(self, error: BaseException) -> None:
+        """The main thread may be waiting for a step that will never come, or for the device: end here."""
+        if not isinstance(error, BusClosed) and not self._channel.closed:
+            traceback.print_exception(error)
+            self._report(error)
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _open_runner(self) -> ModelRunner | GpuRunner:
         if self._runner is None:
             raise InternalError("a message that needs the model came before LoadModel")
         return self._runner

@@ -90,6 +90,10 @@ class Batch:
 
     def begin(self, step: StepInput) -> Rows:
         """Take in what changed and lay out the step's rows. `InternalError` where the step contradicts the state."""
+        return self.rows(*self.take_in(step))
+
+    def take_in(self, step: StepInput) -> tuple[IntArray, IntArray]:
+        """Take in what changed: the step's chunks [n, 2] (slot, count) and the slots of its decodes, ascending."""
         for admission in step.admitted:
             self._admit(admission)
         num_slots = len(self.num_known)
@@ -102,7 +106,7 @@ class Batch:
         bitmap = np.frombuffer(step.decodes[: num_slots // 8 + 1], np.uint8)
         decodes = np.flatnonzero(np.unpackbits(bitmap, bitorder="little"))
         self._check(chunks, decodes)
-        return self._rows(chunks, decodes)
+        return chunks, decodes
 
     def finish(self, rows: Rows, sampled: IntArray) -> None:
         """Record that `rows` are computed, and append the token sampled by each of `rows.sample_slots`."""
@@ -111,6 +115,11 @@ class Batch:
         self.num_computed[rows.decode_slots] += 1
         slots = rows.sample_slots
         self.token_ids[slots, self.num_known[slots]] = sampled
+        self.num_known[slots] += 1
+
+    def finish_decodes(self, slots: IntArray) -> None:
+        """Record that these slots decoded, where only the device knows the tokens."""
+        self.num_computed[slots] += 1
         self.num_known[slots] += 1
 
     def _admit(self, admission: Admission) -> None:
@@ -168,7 +177,8 @@ class Batch:
                 f"{self.num_computed[slot]} computed, {self.num_known[slot]} known, {self.num_blocks[slot]} blocks"
             )
 
-    def _rows(self, chunks: IntArray, decodes: IntArray) -> Rows:
+    def rows(self, chunks: IntArray, decodes: IntArray) -> Rows:
+        """The rows of a step that `take_in` took in."""
         slots = np.concatenate([chunks[:, 0], decodes])
         counts = np.concatenate([chunks[:, 1], np.ones(len(decodes), np.int64)])
         starts = self.num_computed[slots]

@@ -65,7 +65,7 @@ class Sampler:
         if num_samples == 0:
             return Sampled(np.empty(0, np.int64), [], prompt_logprobs)
         if num_samples < len(hidden):
-            hidden = hidden.index_select(0, torch.from_numpy(rows.sample_rows))
+            hidden = hidden.index_select(0, torch.from_numpy(rows.sample_rows).to(hidden.device))
         logits = model.logits(hidden)
 
         plain = np.array([is_plain(batch.sampling[slot]) for slot in rows.sample_slots.tolist()])

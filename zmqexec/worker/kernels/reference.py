@@ -82,5 +82,5 @@ def _prefill_tile(
     """Attention of consecutive queries, the first at `first_position`, over the keys at and before each."""
     num_tokens = query.shape[2]
     length = first_position + num_tokens
-    mask = torch.ones((num_tokens, length), dtype=torch.bool).tril(first_position)
+    mask = torch.ones((num_tokens, length), dtype=torch.bool, device=query.device).tril(first_position)
     return scaled_dot_product_attention(query, keys[:, :, :length], values[:, :, :length], attn_mask=mask, scale=scale)

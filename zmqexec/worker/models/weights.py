@@ -22,6 +22,7 @@ from zmqexec.model_config import ModelConfig, Sharding
 CHECKPOINT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 RANDOM_STD = 0.02
 RANDOM_BLOCK_ROWS = 1024
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,20 @@ class SafetensorsSource:
 
 
 class RandomSource:
-    """Random tensors for benchmarks: a function of name and shape alone, so every tp_size shards the same model.
+    """Random tensors for benchmarks, made on `device`: of one kind of device, every tp_size shards the same model.
 
     Matrices are made in blocks of `RANDOM_BLOCK_ROWS` rows, each with a seed of its own, so that a rank makes only
     the blocks it holds. Norm weights are one.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device = CPU) -> None:
         self._shapes = dict(expected_tensors(config))
+        self._device = device
 
     def read(self, name: str, rows: Sequence[range], columns: range | None) -> torch.Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
+            return torch.ones(shape, device=self._device)
         blocks: dict[int, torch.Tensor] = {}
         parts = []
         for part in rows:
@@ -120,23 +122,28 @@ class RandomSource:
                 if index not in blocks:
                     blocks[index] = self._block(name, index, (min(RANDOM_BLOCK_ROWS, shape[0] - begin), *shape[1:]))
                 parts.append(blocks[index][max(part.start - begin, 0) : part.stop - begin])
-        tensor = torch.cat(parts) if parts else torch.empty((0, *shape[1:]))
+        tensor = torch.cat(parts) if parts else torch.empty((0, *shape[1:]), device=self._device)
         return tensor if columns is None else tensor[:, columns.start : columns.stop]
 
-    @staticmethod
-    def _block(name: str, index: int, shape: tuple[int, ...]) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{index}".encode()))
-        return torch.empty(shape).normal_(std=RANDOM_STD, generator=generator)
+    def _block(self, name: str, index: int, shape: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{name}:{index}".encode()))
+        return torch.empty(shape, device=self._device).normal_(std=RANDOM_STD, generator=generator)
 
 
 class ProgressSource:
-    """`inner`, converted to `dtype`, reporting the bytes read so far to `on_progress(done, total)`."""
+    """`inner` on `device` and in `dtype`, reporting the bytes read so far to `on_progress(done, total)`."""
 
     def __init__(
-        self, inner: TensorSource, dtype: torch.dtype, total: int, on_progress: Callable[[int, int], None]
+        self,
+        inner: TensorSource,
+        dtype: torch.dtype,
+        total: int,
+        on_progress: Callable[[int, int], None],
+        device: torch.device,
     ) -> None:
         self._inner = inner
         self._dtype = dtype
+        self._device = device
         self._done = 0
         self._total = total
         self._on_progress = on_progress
@@ -145,7 +152,7 @@ class ProgressSource:
         tensor = self._inner.read(name, rows, columns)
         self._done += tensor.numel() * self._dtype.itemsize
         self._on_progress(self._done, self._total)
-        return tensor.to(self._dtype)
+        return tensor.to(self._device).to(self._dtype)
 
 
 class _Sizes:
@@ -172,8 +179,9 @@ def load_weights(
     source: TensorSource,
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None],
+    device: torch.device = CPU,
 ) -> LlamaWeights:
-    """This rank's shard, in `dtype`. `on_progress(done, total)` counts its bytes in `dtype`.
+    """This rank's shard on `device`, in `dtype`. `on_progress(done, total)` counts its bytes in `dtype`.
 
     `CheckpointError` where a tensor is missing or of a type that is not supported.
     """
@@ -181,7 +189,8 @@ def load_weights(
     _assemble(config, sharding, rank, tp_size, sizes)
     total = sizes.elements * dtype.itemsize
     on_progress(0, total)
-    return _assemble(config, sharding, rank, tp_size, ProgressSource(source, dtype, total, on_progress))
+    source = ProgressSource(source, dtype, total, on_progress, device)
+    return _assemble(config, sharding, rank, tp_size, source)
 
 
 def _assemble(config: ModelConfig, sharding: Sharding, rank: int, tp_size: int, source: TensorSource) -> LlamaWeights:

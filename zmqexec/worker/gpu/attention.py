@@ -1,0 +1,79 @@
+"""Attention of prefills, and the plan that a step's decodes share.
+
+Runs in: worker.
+
+Prefills use torch's variable-length flash attention over contiguous keys: of the chunk itself, or, where a prefix is
+cached, gathered from the cache's pages (some 2 % of the attention's time). float32 is for truth, not for speed: one
+call of `scaled_dot_product_attention` per sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from zmqexec.worker.kernels import reference
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The prefills of a step: chunk i has query tokens [starts[i], starts[i + 1]) of the step.
+
+    num_tokens    of all chunks
+    query_lens    tokens of each chunk, on the host
+    context_lens  tokens of each chunk's sequence up to the chunk's end, on the host
+    cu_query      [num_chunks + 1]  int32 on the device, running sum of query_lens
+    cu_context    [num_chunks + 1]  int32 on the device, of context_lens
+    blocks        [sum of context_lens]  int64 on the device, the block of every context token; None: no chunk has a
+    offsets       prefix in the cache; and its place in the block
+    """
+
+    num_tokens: int
+    query_lens: list[int]
+    context_lens: list[int]
+    cu_query: torch.Tensor
+    cu_context: torch.Tensor
+    blocks: torch.Tensor | None
+    offsets: torch.Tensor | None
+
+
+def attend_prefills(
+    out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, contexts: Contexts, scale: float
+) -> None:
+    """Causal attention of the chunks, each of whose queries sees its sequence up to itself.
+
+    out    [num_tokens, num_heads, head_dim]
+    qkv    [num_tokens, num_heads + 2 · num_kv_heads, head_dim]  rotated
+    cache  [num_blocks, 2, num_kv_heads, block_size, head_dim]   holds the chunks' keys and values already
+    """
+    num_kv_heads = cache.shape[2]
+    query = qkv[:, :num_heads]
+    if contexts.blocks is None:
+        keys, values = qkv[:, num_heads : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
+    else:
+        keys = cache[contexts.blocks, 0, :, contexts.offsets]
+        values = cache[contexts.blocks, 1, :, contexts.offsets]
+    if query.is_cuda and query.dtype != torch.float32:
+        out.copy_(
+            torch.ops.aten._flash_attention_forward(
+                query=query,
+                key=keys,
+                value=values,
+                cum_seq_q=contexts.cu_query,
+                cum_seq_k=contexts.cu_context,
+                max_q=max(contexts.query_lens),
+                max_k=max(contexts.context_lens),
+                dropout_p=0.0,
+                is_causal=True,
+                return_debug_mask=False,
+                scale=scale,
+            )[0]
+        )
+        return
+    begin = context_begin = 0
+    for query_len, context_len in zip(contexts.query_lens, contexts.context_lens, strict=True):
+        chunk, context = slice(begin, begin + query_len), slice(context_begin, context_begin + context_len)
+        kv = torch.stack([keys[context], values[context]], dim=1)
+        out[chunk] = reference.prefill_attention(query[chunk], kv, scale)
+        begin, context_begin = chunk.stop, context.stop

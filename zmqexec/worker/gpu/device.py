@@ -1,0 +1,118 @@
+"""One GPU as the runner sees it: kernels, streams, events, graphs.
+
+Runs in: worker. Tests put an emulation on the CPU in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Protocol
+
+import torch
+
+from zmqexec.errors import ConfigError
+
+
+class Event(Protocol):
+    """Something that happened on the device."""
+
+    def synchronize(self) -> None:
+        """Wait until it has."""
+
+
+class Graph(Protocol):
+    """Work on the device that was recorded once."""
+
+    def replay(self) -> None:
+        """Launch it again."""
+
+
+class Device(Protocol):
+    """Where a rank computes.
+
+    native     the extension with the kernels
+    is_cuda    False in an emulation: no streams, no pinned memory, no graphs
+    """
+
+    torch_device: torch.device
+    native: ModuleType
+    is_cuda: bool
+    num_sms: int
+
+    def stream(self) -> int:
+        """The current stream, as the kernels take it."""
+
+    def record(self) -> Event | None:
+        """An event behind everything launched so far; None where nothing is asynchronous."""
+
+    def capture(self, launch: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
+        """What `launch` launches as a graph, and the tensor that it fills."""
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+
+    def peak_bytes(self, work: Callable[[], None]) -> int:
+        """The most that `work` had allocated beyond what there was before."""
+
+
+class CudaDevice:
+    """GPU `index` of those visible to this process."""
+
+    is_cuda = True
+
+    def __init__(self, index: int) -> None:
+        """ConfigError: torch or our extension was built without CUDA."""
+        if torch.version.cuda is None:
+            raise ConfigError(
+                f"device='cuda' needs a torch with CUDA, and torch {torch.__version__} has none; install another build "
+                "of it, or use device='cpu'",
+                "device",
+            )
+        try:
+            from zmqexec import _cuda
+        except ImportError as error:
+            raise ConfigError(
+                f"device='cuda': zmqexec was built without its CUDA kernels ({error}); install nvcc and build it again "
+                "with ZMQEXEC_REQUIRE_CUDA=1, or use device='cpu'",
+                "device",
+            ) from None
+        self.native: ModuleType = _cuda
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        self.num_sms = torch.cuda.get_device_properties(index).multi_processor_count
+        self._pool: tuple[int, int] | None = None
+
+    def stream(self) -> int:
+        return int(torch.cuda.current_stream().cuda_stream)
+
+    def record(self) -> Event | None:
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        return event
+
+    def capture(self, launch: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
+        # Once without recording: libraries set themselves up on first use, which a capture forbids.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            launch()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = launch()
+        self._pool = self._pool or graph.pool()
+        return graph, result
+
+    def memory(self) -> tuple[int, int]:
+        return torch.cuda.mem_get_info()
+
+    def peak_bytes(self, work: Callable[[], None]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        return peak

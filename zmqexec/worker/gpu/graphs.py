@@ -1,0 +1,55 @@
+"""Decode steps as CUDA graphs, one for each of a ladder of batch sizes.
+
+Runs in: worker. A batch runs in the smallest graph that holds it; the rows beyond it are padding, which reads and
+writes nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+
+import torch
+
+from zmqexec.worker.gpu.device import Device, Graph
+
+SMALL = (1, 2, 4, 8)
+STEP = 8
+WIDE_STEP = 16
+WIDE_FROM = 64
+"""Beyond this many rows, every 16th size has a graph: padding then costs at most a fifth of the rows."""
+
+
+def ladder(max_rows: int) -> list[int]:
+    """The batch sizes that have a graph, ascending; the last is `max_rows`."""
+    sizes = {*SMALL, *range(STEP, WIDE_FROM, STEP), *range(WIDE_FROM, max_rows, WIDE_STEP)}
+    return [*sorted(size for size in sizes if size < max_rows), max_rows]
+
+
+class DecodeGraphs:
+    """Runs `forward(num_rows)`, from graphs where they are enabled."""
+
+    def __init__(
+        self,
+        device: Device,
+        forward: Callable[[int], torch.Tensor],
+        max_rows: int,
+        *,
+        enabled: bool,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Captures all graphs, the largest first: the smaller ones then find their memory in its pool."""
+        self._forward = forward
+        self._graphs: dict[int, tuple[Graph, torch.Tensor]] = {}
+        self._sizes = ladder(max_rows) if enabled else []
+        for done, size in enumerate(reversed(self._sizes), start=1):
+            self._graphs[size] = device.capture(lambda size=size: forward(size))  # type: ignore[misc]
+            on_progress(done, len(self._sizes))
+
+    def run(self, num_rows: int) -> torch.Tensor:
+        """The logits of `num_rows` staged rows and of their padding, valid until the next run."""
+        if not self._sizes:
+            return self._forward(num_rows)
+        graph, logits = self._graphs[self._sizes[bisect.bisect_left(self._sizes, num_rows)]]
+        graph.replay()
+        return logits

@@ -1,0 +1,364 @@
+"""A rank's model on a GPU, from loading to sampled tokens. `worker/runner.py` is its counterpart on the CPU.
+
+Runs in: worker.
+
+`submit` launches a step and returns before the device has begun it; `Pending.result`, called from another thread,
+waits. So the next step is launched while this one runs, and the device never waits for Python.
+
+    decode step    one small copy to the device, one graph, the sampler, one small copy back
+    other steps    the same kernels launched one by one; prefills through flash attention
+    step in which a sequence wants what only the host's sampler can do (penalties, log-probabilities): waits for its
+                   logits and samples on the host, exactly as on the CPU
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zmqexec.bus.status import Phase
+from zmqexec.errors import ConfigError, InternalError
+from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config
+from zmqexec.protocol import LoadModel, StepInput, StepOutput
+from zmqexec.worker.batch import Batch, Rows
+from zmqexec.worker.gpu.attention import Contexts
+from zmqexec.worker.gpu.collectives import GpuCollectives
+from zmqexec.worker.gpu.device import Device, Event
+from zmqexec.worker.gpu.graphs import DecodeGraphs
+from zmqexec.worker.gpu.host_sampling import HostCollectives, HostLogits
+from zmqexec.worker.gpu.memory import free_bytes_for_cache, out_of_memory
+from zmqexec.worker.gpu.model import GpuLlama, Tokens
+from zmqexec.worker.gpu.ops import Ops
+from zmqexec.worker.gpu.sampler import DeviceSampler
+from zmqexec.worker.gpu.slots import KNOWN, DecodeRows, Slots, Staging, stage_decode, staged_ints
+from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
+from zmqexec.worker.sampler import Sampled, Sampler
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Int32Array = npt.NDArray[np.int32]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass
+class Pending:
+    """A step that has been launched. `result` waits for it, from any thread."""
+
+    step: StepInput
+    event: Event | None
+    token_ids: Int32Array
+    sampled: Sampled | None
+    health: Callable[[], str | None]
+
+    def result(self) -> StepOutput:
+        """What the step sampled. RuntimeError: a collective gave up on a peer."""
+        if self.event is not None:
+            self.event.synchronize()
+        problem = self.health()
+        if problem:
+            raise RuntimeError(problem)
+        return StepOutput(
+            epoch=self.step.epoch,
+            step_id=self.step.step_id,
+            token_ids=self.token_ids.astype("<i4", copy=False).tobytes(),
+            logprobs=self.sampled.logprobs if self.sampled else [],
+            prompt_logprobs=self.sampled.prompt_logprobs if self.sampled else [],
+        )
+
+
+class GpuRunner:
+    """One rank of the model. Call `load`, then `init_cache`, then `submit` for every step, all from one thread."""
+
+    def __init__(
+        self,
+        load: LoadModel,
+        collectives: GpuCollectives,
+        device: Device,
+        on_phase: Callable[[Phase], None] = lambda phase: None,
+    ) -> None:
+        self._load = load
+        self._dtype = DTYPES[load.dtype]
+        self._collectives = collectives
+        self._device = device
+        self._on_phase = on_phase
+        self._config = load_model_config(Path(load.model_dir))
+        check_tensor_parallel(self._config, collectives.tp_size)
+        self._sharding = Sharding(self._config, collectives.rank, collectives.tp_size)
+        self._ops = Ops(device)
+        self._host_sampler = Sampler(
+            self._config.vocab_size,
+            self._sharding.vocab.start,
+            HostCollectives(collectives, device.torch_device),
+            wants_logprobs=collectives.rank == 0,
+        )
+        self._model: GpuLlama | None = None
+        self._cache: list[torch.Tensor] = []
+        self._batch: Batch | None = None
+
+    # ── start-up ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def load(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+        """Load this rank's shard, calling `on_progress(done_bytes, total_bytes)`; returns bytes for the KV cache.
+
+        `CheckpointError` where the checkpoint lacks a tensor or has one of an unsupported type. `ConfigError` where
+        the device's memory does not suffice.
+        """
+        torch.set_num_threads(self._load.num_threads)
+        config, collectives, device = self._config, self._collectives, self._device
+        dummy = self._load.config.load_format == "dummy"
+        source: TensorSource
+        source = RandomSource(config, device.torch_device) if dummy else SafetensorsSource(Path(self._load.model_dir))
+        with torch.inference_mode(), out_of_memory(device, "loading the weights"):
+            weights = load_weights(
+                config,
+                self._sharding,
+                collectives.rank,
+                collectives.tp_size,
+                source,
+                self._dtype,
+                on_progress,
+                device.torch_device,
+            )
+            self._model = GpuLlama(
+                config, self._sharding, weights, collectives, self._load.max_model_len, self._ops
+            )
+            self._make_state()
+            return free_bytes_for_cache(device, self._load.config, self._measure)
+
+    def _make_state(self) -> None:
+        engine, device = self._load.config, self._device
+        max_rows = engine.max_num_seqs
+        self._slots = Slots(max_rows, self._load.max_model_len, engine.block_size, device.torch_device)
+        self._rows = DecodeRows(max_rows, device.torch_device)
+        self._staging = Staging(staged_ints(max_rows), engine.run_ahead, pinned=device.is_cuda)
+        self._results = Staging(max_rows, engine.run_ahead, pinned=device.is_cuda)
+        num_kv_heads = len(self._sharding.kv_heads)
+        self._plan = self._ops.attention_plan(
+            max_rows, len(self._sharding.heads), num_kv_heads, self._config.head_dim, self._dtype, self._slots
+        )
+        self._sampler = DeviceSampler(
+            self._config.vocab_size, self._sharding.vocab.start, self._collectives, self._ops, max_rows, device
+        )
+
+    def _measure(self) -> None:
+        """The step that needs the most memory: as many tokens as a step may have, as many samples as there are slots."""
+        assert self._model is not None
+        engine, device = self._load.config, self._device.torch_device
+        num_tokens = engine.max_num_batched_tokens
+        lens = [min(self._load.max_model_len, num_tokens - begin) for begin in range(0, num_tokens, self._load.max_model_len)]
+        zeros = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+        tokens = Tokens(zeros, torch.full_like(zeros, -1), zeros, self._model.cos, self._model.sin)
+        sums = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device)
+        shape = (1, 2, len(self._sharding.kv_heads), engine.block_size, self._config.head_dim)
+        cache = [torch.empty(shape, dtype=self._dtype, device=device)] * self._config.num_layers
+        hidden = self._model.forward(tokens, cache, Contexts(num_tokens, lens, lens, sums, sums, None, None), None)
+        self._model.logits(hidden[: engine.max_num_seqs])
+
+    def init_cache(self, num_blocks: int) -> None:
+        """Allocate a KV cache of `num_blocks` blocks and capture the graphs. `ConfigError`: out of memory."""
+        assert self._model is not None
+        engine, config, device = self._load.config, self._config, self._device
+        shape = (num_blocks, 2, len(self._sharding.kv_heads), engine.block_size, config.head_dim)
+        with torch.inference_mode():
+            with out_of_memory(device, f"allocating a KV cache of {num_blocks} blocks"):
+                self._cache = [
+                    torch.empty(shape, dtype=self._dtype, device=device.torch_device) for _ in range(config.num_layers)
+                ]
+            self._batch = Batch(engine.max_num_seqs, self._load.max_model_len, engine.block_size, num_blocks)
+            self._host_sampled = np.zeros(engine.max_num_seqs, np.bool_)
+            with out_of_memory(device, "capturing CUDA graphs"):
+                self._graphs = DecodeGraphs(
+                    device,
+                    self._decode_forward,
+                    engine.max_num_seqs,
+                    enabled=engine.cuda_graphs and device.is_cuda and self._dtype != torch.float32,
+                )
+
+    # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, step: StepInput) -> StepOutput:
+        """Compute one step and wait for it."""
+        return self.submit(step).result()
+
+    def submit(self, step: StepInput) -> Pending:
+        """Launch one step. `InternalError` where it does not fit the steps before it."""
+        if self._model is None or self._batch is None:
+            raise InternalError("a step came before load and init_cache")
+        with torch.inference_mode():
+            updates = self._updates_before(step)
+            chunks, decodes = self._batch.take_in(step)
+            updates = self._updates(step, updates)
+            for admission in step.admitted:
+                self._host_sampled[admission.slot] = self._sampler.admit(admission.slot, admission.sampling)
+            host_sampled = bool(self._host_sampled[decodes].any()) or bool(self._host_sampled[chunks[:, 0]].any())
+            self._on_phase(Phase.PREFILL if len(chunks) else Phase.DECODE)
+            if len(chunks) == 0 and not host_sampled and len(updates) <= self._rows.max_rows:
+                return self._decode(step, decodes, updates)
+            return self._mixed(step, self._batch.rows(chunks, decodes), updates, host_sampled)
+
+    def _updates_before(self, step: StepInput) -> Int32Array:
+        """(slot, index, block) of every new block, from the block counts before the step."""
+        assert self._batch is not None
+        if not step.new_blocks:
+            return np.empty((0, 3), np.int32)
+        pairs = np.frombuffer(step.new_blocks, "<i4").reshape(-1, 2)
+        slots = pairs[:, 0]
+        if len(slots) and not (0 <= slots.min() and slots.max() < len(self._slots)):
+            return np.empty((0, 3), np.int32)  # take_in refuses the step
+        order = np.argsort(slots, kind="stable")
+        first = np.searchsorted(slots[order], slots[order])  # where each slot's run begins
+        index = np.empty(len(slots), np.int32)
+        index[order] = np.arange(len(slots)) - first
+        return np.stack([slots, self._batch.num_blocks[slots] + index, pairs[:, 1]], axis=1).astype(np.int32)
+
+    def _updates(self, step: StepInput, new_blocks: Int32Array) -> Int32Array:
+        """What the device must learn: admitted sequences, whole, and new blocks of the others."""
+        if not step.admitted:
+            return new_blocks
+        parts = []
+        for admission in step.admitted:
+            blocks = np.frombuffer(admission.block_table, "<i4")
+            part = np.empty((len(blocks) + 1, 3), np.int32)
+            part[:, 0] = admission.slot
+            part[0, 1:] = KNOWN, len(admission.token_ids) // 4
+            part[1:, 1] = np.arange(len(blocks))
+            part[1:, 2] = blocks
+            parts.append(part)
+        return np.concatenate([*parts, new_blocks])
+
+    def _decode(self, step: StepInput, decodes: IntArray, updates: Int32Array) -> Pending:
+        assert self._batch is not None
+        num_rows = len(decodes)
+        self._stage(decodes, updates)
+        logits = self._graphs.run(num_rows)
+        sampled = self._rows.sampled[:num_rows]
+        self._sampler.sample(logits[:num_rows], self._rows.row_slots, self._rows.context_lens, decodes, sampled)
+        self._ops.finish_decode(self._slots, self._rows.row_slots, self._rows.context_lens, sampled)
+        self._batch.finish_decodes(decodes)
+        return self._pending(step, sampled)
+
+    def _stage(self, decodes: IntArray, updates: Int32Array) -> None:
+        """Copy the slots of a decode step and its block updates to the device."""
+        staged, ints = self._staging.take()
+        count = stage_decode(ints, decodes.astype(np.int32), updates, self._rows.max_rows)
+        self._rows.step[:count].copy_(staged[:count], non_blocking=True)
+
+    def _decode_forward(self, num_rows: int) -> torch.Tensor:
+        """From the staged step to logits [num_rows, vocab_rows]: what a graph of `num_rows` rows holds."""
+        assert self._model is not None
+        rows = self._rows
+        self._ops.begin_decode(self._slots, rows, num_rows)
+        plan = self._plan.make(rows.row_slots[:num_rows], rows.context_lens[:num_rows])
+        tokens = Tokens(
+            rows.input_ids[:num_rows],
+            rows.slot_mapping[:num_rows],
+            rows.positions[:num_rows],
+            self._model.cos,
+            self._model.sin,
+        )
+        return self._model.logits(self._model.forward(tokens, self._cache, None, plan))
+
+    def _mixed(self, step: StepInput, rows: Rows, updates: Int32Array, host_sampled: bool) -> Pending:
+        """A step with prefills, or one that the host samples."""
+        assert self._model is not None and self._batch is not None
+        self._update(updates)
+        hidden = self._mixed_forward(rows)
+        num_samples = len(rows.sample_slots)
+        slots, known = self._to_device(rows.sample_slots, self._batch.num_known[rows.sample_slots])
+        host = None
+        if host_sampled or any(self._wants_prompt_logprobs(prefill.slot) for prefill in rows.prefills):
+            self._on_phase(Phase.SAMPLING)
+            host = self._host_sampler.sample(HostLogits(self._model), hidden, rows, self._batch)
+            (sampled,) = self._to_device(host.token_ids)
+        else:
+            sampled = torch.empty(num_samples, dtype=torch.int32, device=hidden.device)
+            if num_samples:
+                (sample_rows,) = self._to_device(rows.sample_rows)
+                logits = self._model.logits(hidden.index_select(0, sample_rows))
+                self._sampler.sample(logits, slots, known, rows.sample_slots, sampled)
+        if num_samples:
+            self._ops.finish_decode(self._slots, slots, known, sampled)
+        self._batch.finish(rows, host.token_ids if host else np.zeros(num_samples, np.int64))
+        return self._pending(step, sampled, host)
+
+    def _wants_prompt_logprobs(self, slot: int) -> bool:
+        assert self._batch is not None
+        sampling = self._batch.sampling[slot]
+        return sampling is not None and sampling.prompt_logprobs is not None
+
+    def _mixed_forward(self, rows: Rows) -> torch.Tensor:
+        """[num_tokens, hidden] of any step's tokens."""
+        assert self._model is not None and self._batch is not None
+        num_decodes = len(rows.decode_slots)
+        token_ids, positions, slot_mapping = self._to_device(
+            rows.token_ids.numpy(), rows.positions.numpy(), rows.slot_mapping.numpy()
+        )
+        plan = None
+        if num_decodes:
+            self._stage(rows.decode_slots, np.empty((0, 3), np.int32))
+            self._ops.begin_decode(self._slots, self._rows, num_decodes)
+            # The device alone knows the tokens that were sampled last.
+            token_ids[rows.num_prefill_tokens :] = self._rows.input_ids[:num_decodes]
+            plan = self._plan.make(self._rows.row_slots[:num_decodes], self._rows.context_lens[:num_decodes])
+        tokens = Tokens(token_ids, slot_mapping, positions, self._model.cos, self._model.sin)
+        own_angles = self._model.angles(rows.positions, rows.num_prompt) if rows.prefills else None
+        if own_angles is not None:
+            numbers = torch.arange(len(token_ids), dtype=torch.int32, device=token_ids.device)
+            tokens = Tokens(token_ids, slot_mapping, numbers, *own_angles)
+        return self._model.forward(tokens, self._cache, self._contexts(rows), plan)
+
+    def _contexts(self, rows: Rows) -> Contexts | None:
+        if not rows.prefills:
+            return None
+        query_lens = [prefill.stop - prefill.start for prefill in rows.prefills]
+        if all(prefill.start == 0 for prefill in rows.prefills):
+            (sums,) = self._to_device(np.cumsum([0, *query_lens]))
+            return Contexts(rows.num_prefill_tokens, query_lens, query_lens, sums, sums, None, None)
+        context_lens = [prefill.stop for prefill in rows.prefills]
+        cache_rows = [
+            rows.slot_mapping[prefill.row : prefill.row + prefill.stop]
+            if prefill.context_rows is None
+            else prefill.context_rows
+            for prefill in rows.prefills
+        ]
+        blocks, offsets = np.divmod(torch.cat(cache_rows).numpy(), self._slots.block_size)
+        sums, context_sums, blocks32, offsets32 = self._to_device(
+            np.cumsum([0, *query_lens]), np.cumsum([0, *context_lens]), blocks, offsets
+        )
+        return Contexts(
+            rows.num_prefill_tokens, query_lens, context_lens, sums, context_sums, blocks32.long(), offsets32.long()
+        )
+
+    def _update(self, updates: Int32Array) -> None:
+        """Apply (slot, index, value) of any number. Of several for one place, the last."""
+        if not len(updates):
+            return
+        known = updates[:, 1] == KNOWN
+        tables = self._slots.block_tables
+        flat = updates[~known, 0].astype(np.int64) * tables.shape[1] + updates[~known, 1]
+        places, index = np.unique(flat[::-1], return_index=True)
+        where, values, slots, counts = self._to_device(
+            places, updates[~known, 2][::-1][index], updates[known, 0], updates[known, 2]
+        )
+        tables.view(-1).index_copy_(0, where.long(), values)
+        self._slots.num_known.index_copy_(0, slots.long(), counts)
+
+    def _to_device(self, *arrays: npt.NDArray[np.generic]) -> list[torch.Tensor]:
+        """The arrays as int32 on the device, by one copy."""
+        packed = torch.empty(sum(map(len, arrays)), dtype=torch.int32, pin_memory=self._device.is_cuda)
+        np.concatenate([array.astype(np.int32, copy=False) for array in arrays], out=packed.numpy())
+        copied = packed.to(self._device.torch_device, non_blocking=True)
+        return list(copied.split([len(array) for array in arrays]))
+
+    def _pending(self, step: StepInput, sampled: torch.Tensor, host: Sampled | None = None) -> Pending:
+        """Begin to copy the sampled tokens back."""
+        result, ints = self._results.take()
+        count = len(sampled)
+        result[:count].copy_(sampled, non_blocking=True)
+        return Pending(step, self._device.record(), ints[:count], host, self._collectives.health)

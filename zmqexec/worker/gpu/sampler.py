@@ -1,0 +1,96 @@
+"""Tokens from logits on the device: greedy, and temperature with top-k, top-p and min-p.
+
+Runs in: worker. Everything else a request may ask for (penalties, biases, log-probabilities) is the host's sampler's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zmqexec.config import GREEDY_BELOW
+from zmqexec.protocol import Sampling
+from zmqexec.worker.gpu.collectives import GpuCollectives
+from zmqexec.worker.gpu.device import Device
+from zmqexec.worker.gpu.ops import Ops, SamplingTable
+from zmqexec.worker.sampler import SEED_MASK, is_plain
+
+IntArray = npt.NDArray[np.int64]
+
+
+class DeviceSampler:
+    """Chooses the tokens of a step; every rank arrives at the same ones."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        vocab_start: int,
+        collectives: GpuCollectives,
+        ops: Ops,
+        num_slots: int,
+        device: Device,
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._vocab_start = vocab_start
+        self._collectives = collectives
+        self._ops = ops
+        self._is_greedy = np.ones(num_slots, np.bool_)
+        self._table = SamplingTable(num_slots, device)
+
+    def admit(self, slot: int, sampling: Sampling | None) -> bool:
+        """Take in how `slot` samples from now on; True where only the host can do it."""
+        self._is_greedy[slot] = sampling is None or sampling.temperature < GREEDY_BELOW
+        if is_plain(sampling):
+            return False
+        assert sampling is not None
+        if not is_device_samplable(sampling):
+            return True
+        self._table.set(slot, sampling, self._vocab_size, sampling.seed & SEED_MASK)
+        return False
+
+    def sample(
+        self, logits: torch.Tensor, row_slots: torch.Tensor, known: torch.Tensor, slots: IntArray, out: torch.Tensor
+    ) -> None:
+        """Write the token of each row into `out`.
+
+        logits     [num_rows, vocab_rows]  float32, this rank's columns
+        row_slots  [>= num_rows]           int32 on the device
+        known      [>= num_rows]           int32 on the device, known tokens of each row's sequence
+        slots      [num_rows]              the same slots, on the host
+        out        [num_rows]              int32
+        """
+        if self._is_greedy[slots].all():
+            self._greedy(logits, out)
+            return
+        if self._collectives.tp_size > 1:
+            gathered = self._collectives.all_gather(logits.contiguous())
+            logits = gathered.transpose(0, 1).flatten(1)
+        self._table.upload()
+        self._ops.sample(logits[:, : self._vocab_size], row_slots, known, self._table, out)
+
+    def _greedy(self, logits: torch.Tensor, out: torch.Tensor) -> None:
+        """The id of the largest logit over all ranks; of equal ones the lowest."""
+        if self._collectives.tp_size == 1:
+            self._ops.argmax(logits, out, None)
+            return
+        # float32 holds ids below 2**24 exactly. Ranks hold ascending ids and argmax takes the first of equal values.
+        pairs = torch.empty((2, len(out)), dtype=torch.float32, device=logits.device)
+        self._ops.argmax(logits, out, pairs[0])
+        torch.add(out, self._vocab_start, out=pairs[1])
+        values, ids = self._collectives.all_gather(pairs).unbind(1)
+        out.copy_(ids.gather(0, values.argmax(dim=0, keepdim=True)).squeeze(0))
+
+
+def is_device_samplable(sampling: Sampling) -> bool:
+    """True where temperature and filters are all that is asked for."""
+    return sampling.temperature >= GREEDY_BELOW and is_plain(
+        Sampling(
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=sampling.logit_bias,
+            min_tokens=sampling.min_tokens,
+            logprobs=sampling.logprobs,
+        )
+    )

@@ -1,0 +1,50 @@
+"""The second thread of a worker on a GPU: it waits for the device and sends what it sampled.
+
+Runs in: worker. The main thread launches steps and never waits for them.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from zmqexec.protocol import StepOutput
+
+STOP_TIMEOUT_S = 2.0
+"""A thread that waits for a device that hangs is left behind: the process ends anyway."""
+
+
+class Pending(Protocol):
+    """A step that has been launched."""
+
+    def result(self) -> StepOutput:
+        """Wait for it."""
+
+
+class OutputThread:
+    """Calls `deliver` for every step put in, in order; the first exception goes to `on_error` and ends the thread."""
+
+    def __init__(self, deliver: Callable[[Pending], None], on_error: Callable[[BaseException], None]) -> None:
+        self._deliver = deliver
+        self._on_error = on_error
+        self._steps: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="zmqexec-outputs", daemon=True)
+        self._thread.start()
+
+    def put(self, pending: Pending) -> None:
+        """Hand over a step. Never waits."""
+        self._steps.put(pending)
+
+    def stop(self) -> None:
+        """Deliver what was put in, then end; waits for that at most `STOP_TIMEOUT_S`."""
+        self._steps.put(None)
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
+        try:
+            while (pending := self._steps.get()) is not None:
+                self._deliver(pending)
+        except BaseException as error:
+            self._on_error(error)
