@@ -172,7 +172,7 @@ class TestSettings:
             ("tensor_parallel_size", 2.0, "`int`"),
             ("tensor_parallel_size", True, "`int`"),
             ("device", "tpu", "auto, cpu, cuda"),
-            ("device", "cuda", "use device='cpu'"),
+            ("device", "cuda", "no NVIDIA GPU is visible"),
             ("dtype", "float64", "auto, float32, bfloat16, float16"),
             ("load_format", "pickle", "auto, dummy"),
             ("max_model_len", 1, ">= 2"),

@@ -131,7 +131,7 @@ def banner(engine: AsyncEngine, config: EngineConfig, listener: socket.socket, m
     url = _url(listener)
     workers = config.tensor_parallel_size
     on_cpu = engine.info.device == "cpu"
-    where = "the CPU (this version has no other device)" if on_cpu else engine.info.device
+    where = "the CPU" if on_cpu else f"NVIDIA GPUs ({engine.info.device})"
     lines = [
         f"zmqexec {__version__} serves {model_name} at {url}",
         f"It computes on {where} with {workers} worker{'s' if workers > 1 else ''}.",
