@@ -27,7 +27,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    _run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(sdist), cwd=folder)
+    command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(sdist)]
+    _run(*command, cwd=folder, env={"ZMQEXEC_NO_CUDA": "1"})
     return next(folder.glob("*.whl"))
 
 
@@ -42,9 +43,11 @@ def _run(*arguments: str, cwd: Path, env: dict[str, str] | None = None, ok: bool
 def test_the_source_distribution_holds_c_headers_demo_model_tests_and_ci(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    headers = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")}
+    headers = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")}
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").rglob("*.c[up]*")}
     checkpoint = {str(path.relative_to(ROOT)) for path in (ROOT / "zmqexec/demo/checkpoint").iterdir()}
     assert headers and headers <= names
+    assert kernels and kernels <= names
     assert checkpoint and checkpoint <= names
     assert {"LICENSE", "README.md", "tox.ini", ".ci/run", "tests/test_packaging.py", "csrc/bus/PROTOCOL.md"} <= names
 
@@ -76,6 +79,21 @@ def test_a_missing_compiler_is_one_sentence_with_the_line_to_type(tmp_path: Path
         "zmqexec needs a C compiler and found no 'no-such-cc'; "
         "on Debian or Ubuntu: sudo apt-get install gcc python3-dev python3-venv"
     )
+
+
+def test_a_missing_nvcc_is_one_sentence_only_where_cuda_is_required(tmp_path: Path) -> None:
+    without = {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(tmp_path), "ZMQEXEC_REQUIRE_CUDA": "1"}
+    program = (
+        "import runpy, shutil, sys\n"
+        "which = shutil.which\n"
+        "shutil.which = lambda name, path=None: None if name == 'nvcc' else which(name, path=path)\n"
+        f"sys.argv = ['setup.py', 'build_ext', '-b', {str(tmp_path)!r}]\n"
+        "runpy.run_path('setup.py')\n"
+    )
+    said = _run("-c", program, cwd=ROOT, env=without, ok=False)
+    assert said.strip().splitlines()[-1] == "ZMQEXEC_REQUIRE_CUDA=1, but there is no nvcc in PATH or $CUDA_HOME/bin"
+    _run("-c", program, cwd=ROOT, env=without | {"ZMQEXEC_REQUIRE_CUDA": ""})
+    assert not list(tmp_path.rglob("_cuda*"))
 
 
 def test_missing_python_headers_are_one_sentence_with_the_line_to_type(tmp_path: Path) -> None:
