@@ -1,0 +1,145 @@
+"""The GPU path computes what transformers computes. On the CPU by the emulator; on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+
+from tests.checkpoints import VARIANTS, greedy, make_checkpoint, random_prompts
+from tests.worker.gpu.emulation import NUM_BLOCKS, EmulatedDevice, make_gpu_runner
+from tests.worker.step_driver import StepDriver, ThreadCollectives
+from zmqexec.protocol import Admission, Sampling, StepInput, pack, unpack
+
+NUM_TOKENS = 8
+BLOCK_SIZE = 16
+
+
+class Truth:
+    """A checkpoint on disk and what transformers generates from it."""
+
+    def __init__(self, path, name):
+        self.path = path
+        self.model = make_checkpoint(path, **VARIANTS[name])
+        self.prompts = random_prompts(self.model.config.vocab_size, [1, 7, 16, 17, 40, 70])
+        self.expected = greedy(self.model, self.prompts, NUM_TOKENS)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def truth(request, tmp_path_factory):
+    return Truth(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "emulated":
+        return EmulatedDevice()
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    from zmqexec.worker.gpu.device import CudaDevice
+
+    return CudaDevice(0)
+
+
+def driver_of(truth, device, tp_size=1, **config):
+    members = ThreadCollectives.group(tp_size) if tp_size > 1 else [None]
+    runners = [make_gpu_runner(truth.path, member, device=device, **config) for member in members]
+    return StepDriver(runners, BLOCK_SIZE, NUM_BLOCKS)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_plain_greedy_tokens_are_those_of_transformers(truth, device, tp_size):
+    driver = driver_of(truth, device, tp_size)
+    for slot, prompt in enumerate(truth.prompts):
+        driver.admit(slot, prompt)
+    outputs = driver.generate(NUM_TOKENS)
+    assert [outputs[slot] for slot in range(len(truth.prompts))] == [expected.tokens for expected in truth.expected]
+
+
+def test_chunks_beside_running_decodes_give_the_same_tokens(truth, device):
+    driver = driver_of(truth, device)
+    for slot, prompt in enumerate(truth.prompts):
+        driver.admit(slot, prompt)
+    outputs = driver.generate(NUM_TOKENS, chunk=7, budget=16)
+    assert [outputs[slot] for slot in range(len(truth.prompts))] == [expected.tokens for expected in truth.expected]
+
+
+def test_a_sequence_rebuilt_after_a_preemption_goes_on_with_the_same_tokens(truth, device):
+    driver = driver_of(truth, device)
+    for slot, prompt in enumerate(truth.prompts):
+        driver.admit(slot, prompt)
+    first = driver.generate(NUM_TOKENS // 2)
+    for slot, prompt in enumerate(truth.prompts):
+        driver.release(slot)
+        driver.admit(slot, prompt + first[slot], num_prompt=len(prompt))
+    second = driver.generate(NUM_TOKENS - NUM_TOKENS // 2, chunk=11)
+    for slot, expected in enumerate(truth.expected):
+        assert first[slot] + second[slot] == expected.tokens
+
+
+def test_logprobs_are_those_of_transformers(truth, device):
+    driver = driver_of(truth, device)
+    prompt, expected = truth.prompts[4], truth.expected[4]
+    driver.admit(0, prompt, Sampling(logprobs=-1, prompt_logprobs=-1))
+    driver.admit(1, truth.prompts[1])
+    outputs = driver.generate(NUM_TOKENS)
+    assert outputs[0] == expected.tokens and outputs[1] == truth.expected[1].tokens
+    entries = driver.prompt_logprobs[0] + driver.logprobs[0]
+    values = np.concatenate([np.frombuffer(entry.values, "<f4").reshape(-1, entry.width) for entry in entries])
+    np.testing.assert_allclose(values[:, 1:], expected.logprobs, atol=1e-4)
+
+
+def test_sampled_tokens_are_those_of_the_cpu_whoever_else_is_in_the_batch(truth, device):
+    from tests.worker.test_runner import runners_of
+
+    params = [
+        Sampling(temperature=0.9, top_p=0.95, seed=1),
+        Sampling(temperature=1.3, top_k=20, seed=2, sample_index=3),
+        Sampling(temperature=0.7, min_p=0.05, seed=3),
+        None,
+        Sampling(temperature=0.9, seed=5, frequency_penalty=0.3),
+    ]
+    prompts = truth.prompts[1:]
+
+    def generate(driver, slots):
+        for slot in slots:
+            driver.admit(slot, prompts[slot], params[slot])
+        return driver.generate(NUM_TOKENS)
+
+    on_cpu = generate(StepDriver(runners_of(truth, 1)), range(5))
+    assert generate(driver_of(truth, device), range(5)) == on_cpu
+    assert generate(driver_of(truth, device), range(4)) == {slot: on_cpu[slot] for slot in range(4)}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_close_to_float32(truth, device, dtype):
+    """Tokens agree until a near-tie: two candidates closer than what half precision can tell apart."""
+    driver = driver_of(truth, device, dtype=dtype)
+    for slot, prompt in enumerate(truth.prompts):
+        driver.admit(slot, prompt)
+    outputs = driver.generate(NUM_TOKENS)
+    tolerance = {"bfloat16": 1.0, "float16": 0.15}[dtype]
+    for slot, expected in enumerate(truth.expected):
+        logprobs = expected.logprobs[len(truth.prompts[slot]) - 1 :]
+        for ours, theirs, row in zip(outputs[slot], expected.tokens, logprobs, strict=True):
+            if ours != theirs:
+                assert row[theirs] - row[ours] < tolerance
+                break
+
+
+def test_steps_launched_ahead_of_their_results_give_the_same_tokens(truth, device):
+    runner = driver_of(truth, device).runners[0]
+    prompt, expected = truth.prompts[3], truth.expected[3]
+    blocks = list(range(5, 5 + -(-(len(prompt) + NUM_TOKENS) // BLOCK_SIZE)))
+    admission = Admission(2, pack(prompt), len(prompt), 0, pack(blocks))
+    steps = [StepInput(1, 0, prefills=pack([2, len(prompt)]), admitted=[admission])]
+    steps += [StepInput(1, number, decodes=b"\4") for number in range(1, NUM_TOKENS)]
+    tokens, pending = [], deque()
+    for step in steps:
+        pending.append(runner.submit(step))
+        if len(pending) > 1:
+            tokens += unpack(pending.popleft().result().token_ids)
+    tokens += unpack(pending.popleft().result().token_ids)
+    assert tokens == expected.tokens
