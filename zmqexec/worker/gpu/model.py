@@ -8,36 +8,18 @@ fused into it: five kernels a layer. Larger ones use cuBLAS, and prefills torch'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn.functional import linear
 
 from zmqexec.model_config import ModelConfig, Sharding
-from zmqexec.worker.gpu.attention import AttentionPlan, Contexts, attend_prefills
+from zmqexec.worker.gpu.attention import Contexts, attend_prefills
 from zmqexec.worker.gpu.collectives import GpuCollectives
-from zmqexec.worker.gpu.ops import Ops
+from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places, wide_logits
+from zmqexec.worker.kernels.skinny_gemm import supported
 from zmqexec.worker.models.layers import RotaryAngles
 from zmqexec.worker.models.weights import LayerWeights, LlamaWeights
 
 SKINNY_ROWS = 8
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens of a step and where they stand.
-
-    token_ids     [num_tokens]  int32
-    slot_mapping  [num_tokens]  int32, the cache row for the token's keys and values; -1: none
-    positions     [num_tokens]  int32, rows of `cos` and `sin`
-    cos, sin      [positions, head_dim / 2]  float32
-    """
-
-    token_ids: torch.Tensor
-    slot_mapping: torch.Tensor
-    positions: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class GpuLlama:
@@ -51,6 +33,7 @@ class GpuLlama:
         collectives: GpuCollectives,
         max_model_len: int,
         ops: Ops,
+        decode_attention: DecodeAttention,
     ) -> None:
         self._config = config
         self._eps = config.rms_norm_eps
@@ -62,6 +45,7 @@ class GpuLlama:
         self._weights = weights
         self._collectives = collectives
         self._ops = ops
+        self._decode_attention = decode_attention
         self._rotary = RotaryAngles(config.rope, config.head_dim, config.max_position_embeddings, max_model_len)
         # An output token's angles depend on its position alone, whatever the rope.
         positions = torch.arange(max_model_len)
@@ -76,19 +60,19 @@ class GpuLlama:
         return cos.to(self.cos.device), sin.to(self.cos.device)
 
     def forward(
-        self, tokens: Tokens, cache: list[torch.Tensor], contexts: Contexts | None, plan: AttentionPlan | None
+        self, token_ids: torch.Tensor, places: Places, cache: list[torch.Tensor], contexts: Contexts | None
     ) -> torch.Tensor:
         """Compute the tokens, leave their keys and values in `cache`; [num_tokens, hidden] before the last norm.
 
-        Tokens of `contexts` (prefills) come first, the decodes that `plan` covers after them.
+        Tokens of `contexts` (prefills) come first, then one of each row that `decode_attention` has planned.
         """
-        hidden = self._embed(tokens.token_ids)
-        if contexts is None and len(hidden) <= SKINNY_ROWS and self._ops.has_skinny(hidden):
-            return self._forward_skinny(hidden, tokens, cache, plan)
+        hidden = self._embed(token_ids)
+        if contexts is None and self._is_skinny(hidden):
+            return self._forward_skinny(hidden, places, cache)
         partial: torch.Tensor | None = None
         for layer, layer_cache in zip(self._weights.layers, cache, strict=True):
             normed = self._add_norm(hidden, partial, layer.input_norm)
-            attended = self._attention(layer, normed, tokens, layer_cache, contexts, plan)
+            attended = self._attention(layer, normed, places, layer_cache, contexts)
             normed = self._add_norm(hidden, linear(attended, layer.o, layer.o_bias), layer.post_norm)
             inner = self._ops.silu_mul(linear(normed, layer.gate_up, layer.gate_up_bias))
             partial = linear(inner, layer.down, layer.down_bias)
@@ -102,13 +86,24 @@ class GpuLlama:
         -inf past the end of the vocabulary.
         """
         ops, weights = self._ops, self._weights
-        if len(hidden) <= SKINNY_ROWS and ops.has_skinny(hidden):
-            logits = ops.linear(hidden, weights.lm_head, None, norm=(weights.norm, self._eps), out_dtype=torch.float32)
+        if self._is_skinny(hidden):
+            logits = ops.linear(hidden, weights.lm_head, None, (weights.norm, self._eps), torch.float32)
         else:
-            logits = ops.wide_logits(ops.rms_norm(hidden, weights.norm, self._eps), weights.lm_head)
+            logits = wide_logits(ops.rms_norm(hidden, weights.norm, self._eps), weights.lm_head)
         if len(self._held) < logits.shape[1]:
             logits[:, len(self._held) :] = -torch.inf
         return logits
+
+    def _is_skinny(self, hidden: torch.Tensor) -> bool:
+        """Whether all products of these rows go through `skinny_gemm`."""
+        if len(hidden) > SKINNY_ROWS:
+            return False
+        weights = self._weights
+        layer = weights.layers[0]
+        return layer.gate_up.shape[0] % 8 == 0 and all(
+            supported(len(hidden), *weight.shape, hidden.dtype)
+            for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, weights.lm_head)
+        )
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden]; each token's row is on one rank and zero on the others, so the sum is exact."""
@@ -134,33 +129,30 @@ class GpuLlama:
         self,
         layer: LayerWeights,
         normed: torch.Tensor,
-        tokens: Tokens,
+        places: Places,
         cache: torch.Tensor,
         contexts: Contexts | None,
-        plan: AttentionPlan | None,
     ) -> torch.Tensor:
         num_heads = self._num_heads
         qkv = linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
-        self._ops.rope_write_kv_(qkv, num_heads, cache, tokens)
+        self._ops.rope_write_kv_(qkv, num_heads, cache, places)
         attended = torch.empty_like(qkv[:, :num_heads], memory_format=torch.contiguous_format)
         num_prefill = contexts.num_tokens if contexts else 0
         if contexts:
             attend_prefills(attended[:num_prefill], qkv[:num_prefill], num_heads, cache, contexts, self._scale)
-        if plan:
-            self._ops.paged_attention(attended[num_prefill:], qkv[num_prefill:, :num_heads], cache, plan, self._scale)
+        if num_prefill < len(normed):
+            self._decode_attention.attend(attended[num_prefill:], qkv[num_prefill:, :num_heads], cache, self._scale)
         return attended.view(len(normed), -1)
 
-    def _forward_skinny(
-        self, hidden: torch.Tensor, tokens: Tokens, cache: list[torch.Tensor], plan: AttentionPlan | None
-    ) -> torch.Tensor:
+    def _forward_skinny(self, hidden: torch.Tensor, places: Places, cache: list[torch.Tensor]) -> torch.Tensor:
         ops, eps = self._ops, self._eps
-        assert plan is not None
-        attended = hidden.new_empty((len(hidden), self._num_heads, self._head_dim))
+        # Padded rows keep what is here: it must be finite.
+        attended = hidden.new_zeros((len(hidden), self._num_heads, self._head_dim))
         for layer, layer_cache in zip(self._weights.layers, cache, strict=True):
             query = ops.qkv_rope_write(
-                hidden, layer.qkv, layer.qkv_bias, (layer.input_norm, eps), layer_cache, tokens, self._num_heads
+                hidden, layer.qkv, layer.qkv_bias, (layer.input_norm, eps), layer_cache, places, self._num_heads
             )
-            ops.paged_attention(attended, query, layer_cache, plan, self._scale)
+            self._decode_attention.attend(attended, query, layer_cache, self._scale)
             self._project_(hidden, attended.view(len(hidden), -1), layer.o, layer.o_bias)
             inner = ops.linear_silu_mul(hidden, layer.gate_up, layer.gate_up_bias, (layer.post_norm, eps))
             self._project_(hidden, inner, layer.down, layer.down_bias)

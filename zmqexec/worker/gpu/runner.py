@@ -33,14 +33,18 @@ from zmqexec.worker.gpu.device import Device, Event
 from zmqexec.worker.gpu.graphs import DecodeGraphs
 from zmqexec.worker.gpu.host_sampling import HostCollectives, HostLogits
 from zmqexec.worker.gpu.memory import free_bytes_for_cache, out_of_memory
-from zmqexec.worker.gpu.model import GpuLlama, Tokens
-from zmqexec.worker.gpu.ops import Ops
+from zmqexec.worker.gpu.model import GpuLlama
+from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places
 from zmqexec.worker.gpu.sampler import DeviceSampler
-from zmqexec.worker.gpu.slots import KNOWN, DecodeRows, Slots, Staging, stage_decode, staged_ints
+from zmqexec.worker.gpu.staging import Staging
+from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
 from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
 from zmqexec.worker.sampler import Sampled, Sampler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+KNOWN = -1
+"""As the index of an update: the value is the slot's number of known tokens, not a block."""
 
 Int32Array = npt.NDArray[np.int32]
 IntArray = npt.NDArray[np.int64]
@@ -125,25 +129,33 @@ class GpuRunner:
                 on_progress,
                 device.torch_device,
             )
-            self._model = GpuLlama(
-                config, self._sharding, weights, collectives, self._load.max_model_len, self._ops
-            )
             self._make_state()
+            self._model = GpuLlama(
+                config,
+                self._sharding,
+                weights,
+                collectives,
+                self._load.max_model_len,
+                self._ops,
+                self._decode_attention,
+            )
             return free_bytes_for_cache(device, self._load.config, self._measure)
 
     def _make_state(self) -> None:
-        engine, device = self._load.config, self._device
+        engine, device, sharding = self._load.config, self._device, self._sharding
         max_rows = engine.max_num_seqs
-        self._slots = Slots(max_rows, self._load.max_model_len, engine.block_size, device.torch_device)
-        self._rows = DecodeRows(max_rows, device.torch_device)
-        self._staging = Staging(staged_ints(max_rows), engine.run_ahead, pinned=device.is_cuda)
+        where = device.torch_device
+        self._state = SlotState.allocate(max_rows, self._load.max_model_len, engine.block_size, where)
+        self._rows = DecodeRows.allocate(max_rows, where)
+        self._step_buffer = torch.zeros(step_ints(max_rows, max_rows), dtype=torch.int32, device=where)
+        self._out = torch.zeros(max_rows, dtype=torch.int32, device=where)
+        self._staging = Staging(step_ints(max_rows, max_rows), engine.run_ahead, pinned=device.is_cuda)
         self._results = Staging(max_rows, engine.run_ahead, pinned=device.is_cuda)
-        num_kv_heads = len(self._sharding.kv_heads)
-        self._plan = self._ops.attention_plan(
-            max_rows, len(self._sharding.heads), num_kv_heads, self._config.head_dim, self._dtype, self._slots
+        self._decode_attention = DecodeAttention(
+            device, self._dtype, self._state, len(sharding.heads), len(sharding.kv_heads), self._config.head_dim
         )
         self._sampler = DeviceSampler(
-            self._config.vocab_size, self._sharding.vocab.start, self._collectives, self._ops, max_rows, device
+            self._config.vocab_size, sharding.vocab.start, self._collectives, self._ops, max_rows, device
         )
 
     def _measure(self) -> None:
@@ -153,11 +165,11 @@ class GpuRunner:
         num_tokens = engine.max_num_batched_tokens
         lens = [min(self._load.max_model_len, num_tokens - begin) for begin in range(0, num_tokens, self._load.max_model_len)]
         zeros = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-        tokens = Tokens(zeros, torch.full_like(zeros, -1), zeros, self._model.cos, self._model.sin)
+        places = Places(torch.full_like(zeros, -1), zeros, self._model.cos, self._model.sin)
         sums = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device)
         shape = (1, 2, len(self._sharding.kv_heads), engine.block_size, self._config.head_dim)
         cache = [torch.empty(shape, dtype=self._dtype, device=device)] * self._config.num_layers
-        hidden = self._model.forward(tokens, cache, Contexts(num_tokens, lens, lens, sums, sums, None, None), None)
+        hidden = self._model.forward(zeros, places, cache, Contexts(num_tokens, lens, lens, sums, sums, None, None))
         self._model.logits(hidden[: engine.max_num_seqs])
 
     def init_cache(self, num_blocks: int) -> None:
@@ -177,7 +189,7 @@ class GpuRunner:
                     device,
                     self._decode_forward,
                     engine.max_num_seqs,
-                    enabled=engine.cuda_graphs and device.is_cuda and self._dtype != torch.float32,
+                    enabled=engine.cuda_graphs and device.is_cuda and self._decode_attention.has_kernel,
                 )
 
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -198,7 +210,7 @@ class GpuRunner:
                 self._host_sampled[admission.slot] = self._sampler.admit(admission.slot, admission.sampling)
             host_sampled = bool(self._host_sampled[decodes].any()) or bool(self._host_sampled[chunks[:, 0]].any())
             self._on_phase(Phase.PREFILL if len(chunks) else Phase.DECODE)
-            if len(chunks) == 0 and not host_sampled and len(updates) <= self._rows.max_rows:
+            if len(chunks) == 0 and not host_sampled and not step.admitted and len(updates) <= len(self._rows):
                 return self._decode(step, decodes, updates)
             return self._mixed(step, self._batch.rows(chunks, decodes), updates, host_sampled)
 
@@ -209,7 +221,7 @@ class GpuRunner:
             return np.empty((0, 3), np.int32)
         pairs = np.frombuffer(step.new_blocks, "<i4").reshape(-1, 2)
         slots = pairs[:, 0]
-        if len(slots) and not (0 <= slots.min() and slots.max() < len(self._slots)):
+        if len(slots) and not (0 <= slots.min() and slots.max() < self._load.config.max_num_seqs):
             return np.empty((0, 3), np.int32)  # take_in refuses the step
         order = np.argsort(slots, kind="stable")
         first = np.searchsorted(slots[order], slots[order])  # where each slot's run begins
@@ -237,32 +249,26 @@ class GpuRunner:
         num_rows = len(decodes)
         self._stage(decodes, updates)
         logits = self._graphs.run(num_rows)
-        sampled = self._rows.sampled[:num_rows]
-        self._sampler.sample(logits[:num_rows], self._rows.row_slots, self._rows.context_lens, decodes, sampled)
-        self._ops.finish_decode(self._slots, self._rows.row_slots, self._rows.context_lens, sampled)
+        rows = self._rows
+        sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, decodes)
+        pending = self._append(step, rows.row_slots, rows.context_lens, sampled, None)
         self._batch.finish_decodes(decodes)
-        return self._pending(step, sampled)
+        return pending
 
     def _stage(self, decodes: IntArray, updates: Int32Array) -> None:
         """Copy the slots of a decode step and its block updates to the device."""
         staged, ints = self._staging.take()
-        count = stage_decode(ints, decodes.astype(np.int32), updates, self._rows.max_rows)
-        self._rows.step[:count].copy_(staged[:count], non_blocking=True)
+        count = write_step(ints, len(self._rows), decodes, updates)
+        self._step_buffer[:count].copy_(staged[:count], non_blocking=True)
 
     def _decode_forward(self, num_rows: int) -> torch.Tensor:
         """From the staged step to logits [num_rows, vocab_rows]: what a graph of `num_rows` rows holds."""
         assert self._model is not None
-        rows = self._rows
-        self._ops.begin_decode(self._slots, rows, num_rows)
-        plan = self._plan.make(rows.row_slots[:num_rows], rows.context_lens[:num_rows])
-        tokens = Tokens(
-            rows.input_ids[:num_rows],
-            rows.slot_mapping[:num_rows],
-            rows.positions[:num_rows],
-            self._model.cos,
-            self._model.sin,
-        )
-        return self._model.logits(self._model.forward(tokens, self._cache, None, plan))
+        rows = self._rows.first(num_rows)
+        self._ops.begin_decode(self._step_buffer, len(self._rows), self._state, rows)
+        self._decode_attention.plan(rows.row_slots, rows.context_lens)
+        places = Places(rows.slot_mapping, rows.positions, self._model.cos, self._model.sin)
+        return self._model.logits(self._model.forward(rows.input_ids, places, self._cache, None))
 
     def _mixed(self, step: StepInput, rows: Rows, updates: Int32Array, host_sampled: bool) -> Pending:
         """A step with prefills, or one that the host samples."""
@@ -276,16 +282,15 @@ class GpuRunner:
             self._on_phase(Phase.SAMPLING)
             host = self._host_sampler.sample(HostLogits(self._model), hidden, rows, self._batch)
             (sampled,) = self._to_device(host.token_ids)
+        elif num_samples:
+            (sample_rows,) = self._to_device(rows.sample_rows)
+            logits = self._model.logits(hidden.index_select(0, sample_rows))
+            sampled = self._sampler.sample(logits, slots, known, rows.sample_slots)
         else:
-            sampled = torch.empty(num_samples, dtype=torch.int32, device=hidden.device)
-            if num_samples:
-                (sample_rows,) = self._to_device(rows.sample_rows)
-                logits = self._model.logits(hidden.index_select(0, sample_rows))
-                self._sampler.sample(logits, slots, known, rows.sample_slots, sampled)
-        if num_samples:
-            self._ops.finish_decode(self._slots, slots, known, sampled)
+            sampled = slots
+        pending = self._append(step, slots, known, sampled, host)
         self._batch.finish(rows, host.token_ids if host else np.zeros(num_samples, np.int64))
-        return self._pending(step, sampled, host)
+        return pending
 
     def _wants_prompt_logprobs(self, slot: int) -> bool:
         assert self._batch is not None
@@ -299,19 +304,19 @@ class GpuRunner:
         token_ids, positions, slot_mapping = self._to_device(
             rows.token_ids.numpy(), rows.positions.numpy(), rows.slot_mapping.numpy()
         )
-        plan = None
         if num_decodes:
+            decode_rows = self._rows.first(num_decodes)
             self._stage(rows.decode_slots, np.empty((0, 3), np.int32))
-            self._ops.begin_decode(self._slots, self._rows, num_decodes)
+            self._ops.begin_decode(self._step_buffer, len(self._rows), self._state, decode_rows)
             # The device alone knows the tokens that were sampled last.
-            token_ids[rows.num_prefill_tokens :] = self._rows.input_ids[:num_decodes]
-            plan = self._plan.make(self._rows.row_slots[:num_decodes], self._rows.context_lens[:num_decodes])
-        tokens = Tokens(token_ids, slot_mapping, positions, self._model.cos, self._model.sin)
+            token_ids[rows.num_prefill_tokens :] = decode_rows.input_ids
+            self._decode_attention.plan(decode_rows.row_slots, decode_rows.context_lens)
+        places = Places(slot_mapping, positions, self._model.cos, self._model.sin)
         own_angles = self._model.angles(rows.positions, rows.num_prompt) if rows.prefills else None
         if own_angles is not None:
             numbers = torch.arange(len(token_ids), dtype=torch.int32, device=token_ids.device)
-            tokens = Tokens(token_ids, slot_mapping, numbers, *own_angles)
-        return self._model.forward(tokens, self._cache, self._contexts(rows), plan)
+            places = Places(slot_mapping, numbers, *own_angles)
+        return self._model.forward(token_ids, places, self._cache, self._contexts(rows))
 
     def _contexts(self, rows: Rows) -> Contexts | None:
         if not rows.prefills:
@@ -327,7 +332,7 @@ class GpuRunner:
             else prefill.context_rows
             for prefill in rows.prefills
         ]
-        blocks, offsets = np.divmod(torch.cat(cache_rows).numpy(), self._slots.block_size)
+        blocks, offsets = np.divmod(torch.cat(cache_rows).numpy(), self._state.block_size)
         sums, context_sums, blocks32, offsets32 = self._to_device(
             np.cumsum([0, *query_lens]), np.cumsum([0, *context_lens]), blocks, offsets
         )
@@ -340,14 +345,14 @@ class GpuRunner:
         if not len(updates):
             return
         known = updates[:, 1] == KNOWN
-        tables = self._slots.block_tables
+        tables = self._state.block_tables
         flat = updates[~known, 0].astype(np.int64) * tables.shape[1] + updates[~known, 1]
         places, index = np.unique(flat[::-1], return_index=True)
         where, values, slots, counts = self._to_device(
             places, updates[~known, 2][::-1][index], updates[known, 0], updates[known, 2]
         )
         tables.view(-1).index_copy_(0, where.long(), values)
-        self._slots.num_known.index_copy_(0, slots.long(), counts)
+        self._state.num_known.index_copy_(0, slots.long(), counts)
 
     def _to_device(self, *arrays: npt.NDArray[np.generic]) -> list[torch.Tensor]:
         """The arrays as int32 on the device, by one copy."""
@@ -356,9 +361,18 @@ class GpuRunner:
         copied = packed.to(self._device.torch_device, non_blocking=True)
         return list(copied.split([len(array) for array in arrays]))
 
-    def _pending(self, step: StepInput, sampled: torch.Tensor, host: Sampled | None = None) -> Pending:
-        """Begin to copy the sampled tokens back."""
-        result, ints = self._results.take()
+    def _append(
+        self,
+        step: StepInput,
+        slots: torch.Tensor,
+        known: torch.Tensor,
+        sampled: torch.Tensor,
+        host: Sampled | None,
+    ) -> Pending:
+        """Append the sampled tokens to their sequences on the device, and begin to copy them back."""
         count = len(sampled)
-        result[:count].copy_(sampled, non_blocking=True)
+        result, ints = self._results.take()
+        if count:
+            self._ops.append(self._state, slots, known, sampled, self._out)
+            result[:count].copy_(self._out[:count], non_blocking=True)
         return Pending(step, self._device.record(), ints[:count], host, self._collectives.health)

@@ -37,6 +37,7 @@ class DeviceSampler:
         self._ops = ops
         self._is_greedy = np.ones(num_slots, np.bool_)
         self._table = SamplingTable(num_slots, device)
+        self._out = torch.zeros(num_slots, dtype=torch.int32, device=device.torch_device)
 
     def admit(self, slot: int, sampling: Sampling | None) -> bool:
         """Take in how `slot` samples from now on; True where only the host can do it."""
@@ -50,34 +51,33 @@ class DeviceSampler:
         return False
 
     def sample(
-        self, logits: torch.Tensor, row_slots: torch.Tensor, known: torch.Tensor, slots: IntArray, out: torch.Tensor
-    ) -> None:
-        """Write the token of each row into `out`.
+        self, logits: torch.Tensor, row_slots: torch.Tensor, known: torch.Tensor, slots: IntArray
+    ) -> torch.Tensor:
+        """The token of each row, int32 [num_rows].
 
         logits     [num_rows, vocab_rows]  float32, this rank's columns
         row_slots  [>= num_rows]           int32 on the device
         known      [>= num_rows]           int32 on the device, known tokens of each row's sequence
         slots      [num_rows]              the same slots, on the host
-        out        [num_rows]              int32
         """
+        out = self._out[: len(slots)]
         if self._is_greedy[slots].all():
             self._greedy(logits, out)
-            return
+            return out
         if self._collectives.tp_size > 1:
-            gathered = self._collectives.all_gather(logits.contiguous())
-            logits = gathered.transpose(0, 1).flatten(1)
-        self._table.upload()
-        self._ops.sample(logits[:, : self._vocab_size], row_slots, known, self._table, out)
+            logits = self._collectives.all_gather(logits.contiguous()).transpose(0, 1).flatten(1)
+        self._table.sample(logits[:, : self._vocab_size], row_slots, known, out)
+        return out
 
     def _greedy(self, logits: torch.Tensor, out: torch.Tensor) -> None:
         """The id of the largest logit over all ranks; of equal ones the lowest."""
         if self._collectives.tp_size == 1:
-            self._ops.argmax(logits, out, None)
+            self._ops.argmax(logits, out, None, 0)
             return
         # float32 holds ids below 2**24 exactly. Ranks hold ascending ids and argmax takes the first of equal values.
         pairs = torch.empty((2, len(out)), dtype=torch.float32, device=logits.device)
-        self._ops.argmax(logits, out, pairs[0])
-        torch.add(out, self._vocab_start, out=pairs[1])
+        self._ops.argmax(logits, out, pairs[0], self._vocab_start)
+        pairs[1] = out
         values, ids = self._collectives.all_gather(pairs).unbind(1)
         out.copy_(ids.gather(0, values.argmax(dim=0, keepdim=True)).squeeze(0))
 

@@ -1,0 +1,284 @@
+"""The kernels that the model on a GPU is made of, on one device.
+
+Runs in: worker. Shapes stand in `kernels/` and csrc/cuda; everything runs on torch's current stream, takes part in
+programmatic dependent launch, and may be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from zmqexec.worker.gpu.device import Device
+from zmqexec.worker.kernels import skinny_gemm
+from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, begin_decode
+from zmqexec.worker.kernels.paged_attention import HEAD_DIMS, AttentionWorkspace
+from zmqexec.worker.kernels.reference import padded_decode_attention
+
+PDL = True
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a step's tokens stand.
+
+    slot_mapping  [num_tokens]  int32, the cache row for the token's keys and values; -1: none
+    positions     [num_tokens]  int32, rows of `cos` and `sin`
+    cos, sin      [positions, head_dim / 2]  float32
+    """
+
+    slot_mapping: torch.Tensor
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class DecodeAttention:
+    """Attention of one new token per row: `plan` once per step, `attend` in every layer.
+
+    float32, and heads of a size that the kernel does not have, are computed by plain torch, which needs to know the
+    longest context on the host and so cannot be captured in a graph.
+    """
+
+    def __init__(
+        self, device: Device, dtype: torch.dtype, state: SlotState, num_heads: int, num_kv_heads: int, head_dim: int
+    ) -> None:
+        self._state = state
+        self._workspace: AttentionWorkspace | None = None
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        max_rows = state.num_known.numel()
+        if dtype != torch.float32 and head_dim in HEAD_DIMS and state.block_size % 16 == 0:
+            grid = device.native.attention_grid(head_dim, 0)[0]
+            self._workspace = AttentionWorkspace(
+                device.torch_device,
+                max_rows=max_rows,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                max_context_len=state.token_ids.shape[1],
+                num_blocks=device.num_sms * grid,
+                module=device.native,
+            )
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether it can be captured."""
+        return self._workspace is not None
+
+    def plan(self, row_slots: torch.Tensor, context_lens: torch.Tensor) -> None:
+        """row_slots, context_lens  [num_rows]  int32; a padded row has a context of 0."""
+        if self._workspace is not None:
+            self._workspace.plan(context_lens, row_slots, pdl=PDL)
+        else:
+            self._rows = row_slots, context_lens
+
+    def attend(self, out: torch.Tensor, query: torch.Tensor, cache: torch.Tensor, scale: float) -> None:
+        """out, query  [num_rows, num_heads, head_dim]; rows of `out` that are padding are left as they are."""
+        tables = self._state.block_tables
+        if self._workspace is not None:
+            self._workspace.attend(out, query, cache, tables, scale=scale, pdl=PDL)
+        else:
+            assert self._rows is not None
+            slots, lens = self._rows
+            out.copy_(padded_decode_attention(query, cache, tables[slots.long()], lens, scale))
+
+
+class Ops:
+    """The other kernels."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._native = device.native
+        self._dtypes = {
+            torch.float32: self._native.FLOAT32,
+            torch.bfloat16: self._native.BFLOAT16,
+            torch.float16: self._native.FLOAT16,
+        }
+
+    # ── either end of a step ────────────────────────────────────────────────────────────────────────────────────────
+
+    def begin_decode(self, step: torch.Tensor, max_rows: int, state: SlotState, rows: DecodeRows) -> None:
+        """From the staged step to the input of `rows`."""
+        begin_decode(step, max_rows, state, rows, pdl=PDL)
+
+    def append(
+        self, state: SlotState, slots: torch.Tensor, known: torch.Tensor, sampled: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Append `sampled` to the sequences of `slots`, and copy it to `out`.
+
+        slots, known, sampled, out  [num_rows]  int32; where `known` is 0, the row is padding
+        """
+        self._native.finish_decode(
+            sampled.data_ptr(),
+            slots.data_ptr(),
+            known.data_ptr(),
+            len(sampled),
+            state.token_ids.data_ptr(),
+            state.num_known.data_ptr(),
+            state.token_ids.shape[1],
+            out.data_ptr(),
+            self._device.stream(),
+            PDL,
+        )
+
+    def gather_embedding(self, table: torch.Tensor, token_ids: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """[num_tokens, hidden]: rows of `table` for int32 ids in [first, first + count), zeros for others."""
+        out = table.new_empty((len(token_ids), table.shape[1]))
+        self._native.gather_embedding(
+            out.data_ptr(),
+            table.data_ptr(),
+            token_ids.data_ptr(),
+            len(token_ids),
+            table.shape[1],
+            first,
+            count,
+            self._dtypes[table.dtype],
+            self._device.stream(),
+            PDL,
+        )
+        return out
+
+    def argmax(self, logits: torch.Tensor, out: torch.Tensor, values: torch.Tensor | None, first_id: int) -> None:
+        """first_id + the column of each row's largest logit, into `out` [num_rows] int32; that logit into `values`."""
+        self._native.argmax(
+            out.data_ptr(),
+            0 if values is None else values.data_ptr(),
+            logits.data_ptr(),
+            *logits.shape,
+            logits.stride(0),
+            first_id,
+            self._device.stream(),
+            PDL,
+        )
+
+    # ── layers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """As `kernels.rms_norm`."""
+        return self._rms_norm(None, x, weight, eps)
+
+    def add_rms_norm_(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """residual += x; the norm of that."""
+        return self._rms_norm(residual, x, weight, eps)
+
+    def _rms_norm(
+        self, residual: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._native.rms_norm(
+            out.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            *x.shape,
+            x.stride(0),
+            eps,
+            self._dtypes[x.dtype],
+            self._device.stream(),
+            PDL,
+        )
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """As `kernels.silu_mul`, of a contiguous `gate_up`."""
+        rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty((rows, inner))
+        self._native.silu_mul(
+            out.data_ptr(),
+            gate_up.data_ptr(),
+            rows,
+            inner,
+            self._dtypes[gate_up.dtype],
+            self._device.stream(),
+            PDL,
+        )
+        return out
+
+    def rope_write_kv_(self, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, places: Places) -> None:
+        """Rotate queries and keys in `qkv`, and store keys and values in the cache.
+
+        qkv    [num_tokens, num_heads + 2 · num_kv_heads, head_dim]  contiguous
+        cache  [num_blocks, 2, num_kv_heads, block_size, head_dim]
+        """
+        num_kv_heads, block_size, head_dim = cache.shape[2:]
+        self._native.rope_write_kv(
+            0,
+            qkv.data_ptr(),
+            cache.data_ptr(),
+            places.slot_mapping.data_ptr(),
+            places.positions.data_ptr(),
+            places.cos.data_ptr(),
+            places.sin.data_ptr(),
+            len(qkv),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            True,
+            self._dtypes[qkv.dtype],
+            self._device.stream(),
+            PDL,
+        )
+
+    # ── products that stream their weights, for few rows ────────────────────────────────────────────────────────────
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: tuple[torch.Tensor, float] | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """norm(x) · weightᵀ + bias."""
+        return skinny_gemm.linear(x, weight, bias, norm=_norm(norm), out_dtype=out_dtype)
+
+    def linear_residual_(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """residual += x · weightᵀ + bias."""
+        skinny_gemm.linear_residual_(residual, x, weight, bias)
+
+    def linear_silu_mul(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: tuple[torch.Tensor, float]
+    ) -> torch.Tensor:
+        """silu(gate) · up of norm(x) · weightᵀ + bias."""
+        return skinny_gemm.linear_silu_mul(x, weight, bias, norm=_norm(norm))
+
+    def qkv_rope_write(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: tuple[torch.Tensor, float],
+        cache: torch.Tensor,
+        places: Places,
+        num_heads: int,
+    ) -> torch.Tensor:
+        """Rotated queries [num_tokens, num_heads, head_dim]; keys and values go into the cache."""
+        return skinny_gemm.qkv_rope_write(
+            x,
+            weight,
+            bias,
+            cache,
+            places.slot_mapping,
+            places.positions,
+            places.cos,
+            places.sin,
+            num_heads=num_heads,
+            norm=_norm(norm),
+        )
+
+
+def _norm(norm: tuple[torch.Tensor, float] | None) -> skinny_gemm.Norm | None:
+    return None if norm is None else skinny_gemm.Norm(*norm)
+
+
+def wide_logits(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
+    """float32 [num_rows, vocab_rows] of any number of rows; where the library can, without rounding in between."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, lm_head.t(), out_dtype=torch.float32)
+    return torch.nn.functional.linear(hidden, lm_head).float()
