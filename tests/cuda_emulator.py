@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc/cuda"
 CACHE = ROOT / "build/emulator"
 FLAGS = [
-    *("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DZMQEXEC_EMULATED"),
+    *("-std=c++17", "-O2", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden", "-DZMQEXEC_EMULATED"),
     # A GPU contracts where nvcc says so, not where this CPU could; #pragma unroll is nvcc's.
     *("-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 ]
@@ -40,9 +40,12 @@ def compiler() -> str:
     return name
 
 
-def load(*, sanitize: bool = False) -> ModuleType:
-    """Import the module, built if need be. A process loads it once; sanitized, only under a preloaded libasan."""
-    path = build(sanitize=sanitize)
+def load() -> ModuleType:
+    """Import the module, built if need be.
+
+    With ZMQEXEC_EMULATOR_SANITIZE=1 (tests/trust) the sanitized one, which needs libasan preloaded.
+    """
+    path = build(sanitize=os.environ.get("ZMQEXEC_EMULATOR_SANITIZE") == "1")
     if "_cuda_emulated" not in sys.modules:
         loader = importlib.machinery.ExtensionFileLoader("_cuda_emulated", str(path))
         spec = importlib.util.spec_from_file_location("_cuda_emulated", path, loader=loader)
@@ -56,7 +59,7 @@ def build(*, sanitize: bool = False) -> Path:
     """The path of the module."""
     flags = FLAGS + (SANITIZERS if sanitize else [])
     includes = [f"-I{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
-    sources = [*sorted(CUDA.glob("*.cu")), CUDA / "module.cpp", *sorted((CUDA / "emulator").glob("*.cpp"))]
+    sources = [*sorted(CUDA.glob("*.cu")), CUDA / "module.cpp", *sorted((CUDA / "emulator").glob("*.c[up]*"))]
     headers = sorted(path for path in CUDA.rglob("*") if path.suffix in (".h", ".cuh"))
     common = _digest([*flags, *includes, compiler()], headers)
     CACHE.mkdir(parents=True, exist_ok=True)

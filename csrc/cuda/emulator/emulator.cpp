@@ -1,13 +1,17 @@
 // The scheduler of emulated blocks and threads, and the arithmetic of warp instructions.
 #include "emulator.h"
 
+#include <atomic>
+#include <chrono>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <random>
 #include <string>
 #include <sys/mman.h>
+#include <thread>
 #include <unistd.h>
 #include <vector>
 
@@ -29,6 +33,7 @@ namespace zmqexec::emulator {
 constexpr std::size_t STACK_BYTES = 256 << 10;  // touched pages alone cost memory
 constexpr std::size_t GUARD_BYTES = 1024;
 constexpr unsigned char GUARD = 0xa5;
+constexpr auto LONGEST_WITHOUT_WAIT = std::chrono::seconds(60);
 constexpr uint64_t POLLS_WITHOUT_PROGRESS = 20'000'000;  // seconds
 
 // ---- Fibers -------------------------------------------------------------------------------------------------------
@@ -182,6 +187,7 @@ ASAN(const void* scheduler_bottom = nullptr; std::size_t scheduler_bytes = 0;)
 std::deque<Fiber*> ready;
 std::vector<std::unique_ptr<Block>> blocks;
 std::string failure;
+std::atomic<uint64_t> switches{0};  // odd: a fiber runs
 uint64_t polls = 0, clock_ns = 0;
 std::mt19937_64 shuffled;
 bool grouping = false;
@@ -222,7 +228,9 @@ void to_fiber(Fiber& fiber)
     current = &fiber;
     fiber.state = State::running;
     ASAN(void* fake_stack = nullptr; __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, STACK_BYTES);)
+    switches.store(switches.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     Context::change(scheduler, fiber.context);
+    switches.store(switches.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     ASAN(__sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);)
     current = nullptr;
 }
@@ -499,9 +507,30 @@ Fiber* next_ready()
     return fiber;
 }
 
+// A loop that never waits cannot be left, and the caller's own timeouts need the GIL that it holds: end the process.
+void watch_for_endless_loops()
+{
+    static bool started = false;
+    if (started) return;
+    started = true;
+    std::thread([] {
+        for (uint64_t seen = 0;;) {
+            std::this_thread::sleep_for(LONGEST_WITHOUT_WAIT);
+            const uint64_t now = switches.load(std::memory_order_relaxed);
+            if (now == seen && now % 2 == 1) {
+                std::fprintf(stderr, "an emulated thread has run for a minute without a wait; does it poll memory by "
+                                     "plain loads?\n");
+                std::abort();
+            }
+            seen = now;
+        }
+    }).detach();
+}
+
 const char* run_grids(std::vector<std::unique_ptr<Grid>>& grids)
 {
     if (current != nullptr) return "a launch within a launch";
+    watch_for_endless_loops();
     static std::string error;
     failure.clear();
     polls = 0;

@@ -163,9 +163,11 @@ template <class T, class Change>
 T exchange(T* address, Change&& change)
 {
     check_global(address, alignof(T), "an atomic");
-    const T old = *address;
-    *address = change(old);
-    progress();
+    const T old = *address, changed = change(old);
+    *address = changed;
+    // One that changes nothing may be the attempt of a loop: it lets others run.
+    if (std::memcmp(&old, &changed, sizeof old) == 0) poll();
+    else progress();
     return old;
 }
 

@@ -1,0 +1,38 @@
+"""The kernel tests again over an emulator built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import cuda_emulator
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_kernels_touch_no_memory_but_their_own():
+    try:
+        cuda_emulator.build(sanitize=True)
+    except cuda_emulator.NoCompiler as missing:
+        pytest.skip(str(missing))
+    libraries = [
+        subprocess.run(
+            [cuda_emulator.compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    # The interpreter never frees all it has; tests/worker/kernels/test_emulator.py makes the faults that this looks for.
+    env = os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ZMQEXEC_EMULATOR_SANITIZE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "tests/worker/kernels", "-q", "-k", "not cuda", "-p", "no:cacheprovider"]
+    command += ["--ignore=tests/worker/kernels/test_emulator.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
