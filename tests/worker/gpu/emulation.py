@@ -99,6 +99,7 @@ def make_gpu_runner(
     )
     runner.load()
     runner.init_cache(num_blocks)
-    for layer in runner._cache:
-        layer.fill_(torch.nan)
+    with torch.inference_mode():
+        for layer in runner._cache:
+            layer.fill_(torch.nan)
     return runner

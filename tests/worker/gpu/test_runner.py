@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -44,9 +45,12 @@ def device(request):
 
 
 def driver_of(truth, device, tp_size=1, **config):
-    members = ThreadCollectives.group(tp_size) if tp_size > 1 else [None]
-    runners = [make_gpu_runner(truth.path, member, device=device, **config) for member in members]
-    return StepDriver(runners, BLOCK_SIZE, NUM_BLOCKS)
+    if tp_size == 1:
+        return StepDriver([make_gpu_runner(truth.path, device=device, **config)], BLOCK_SIZE, NUM_BLOCKS)
+    with ThreadPoolExecutor(tp_size) as pool:  # ranks measure their memory together
+        members = ThreadCollectives.group(tp_size)
+        runners = pool.map(lambda member: make_gpu_runner(truth.path, member, device=device, **config), members)
+        return StepDriver(list(runners), BLOCK_SIZE, NUM_BLOCKS)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -13,7 +13,7 @@ from zmqexec.config import GREEDY_BELOW
 from zmqexec.protocol import Sampling
 from zmqexec.worker.gpu.collectives import GpuCollectives
 from zmqexec.worker.gpu.device import Device
-from zmqexec.worker.gpu.ops import Ops, SamplingTable
+from zmqexec.worker.gpu.ops import Ops
 from zmqexec.worker.sampler import SEED_MASK, is_plain
 
 IntArray = npt.NDArray[np.int64]
@@ -36,7 +36,6 @@ class DeviceSampler:
         self._collectives = collectives
         self._ops = ops
         self._is_greedy = np.ones(num_slots, np.bool_)
-        self._table = SamplingTable(num_slots, device)
         self._out = torch.zeros(num_slots, dtype=torch.int32, device=device.torch_device)
 
     def admit(self, slot: int, sampling: Sampling | None) -> bool:

@@ -109,6 +109,8 @@ def padded_decode_attention(
     grouped = query.reshape(len(query), num_kv_heads, -1, query.shape[-1])
     mask = inside.view(len(query), 1, 1, length)
     return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).view_as(query)
+
+
 def paged_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
