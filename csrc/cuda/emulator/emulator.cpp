@@ -17,7 +17,7 @@
 
 #include "../binding.h"
 
-#ifndef __x86_64__
+#if !defined(__x86_64__) || defined(ZMQEXEC_UCONTEXT)
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -38,7 +38,7 @@ constexpr uint64_t POLLS_WITHOUT_PROGRESS = 20'000'000;  // seconds
 
 // ---- Fibers -------------------------------------------------------------------------------------------------------
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(ZMQEXEC_UCONTEXT)
 
 // ucontext's own switch calls the kernel for the signal mask, which costs 30 times as much.
 extern "C" void zmqexec_emulator_switch(void** save, void* load);
