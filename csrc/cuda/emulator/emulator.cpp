@@ -18,7 +18,7 @@
 
 #include "../binding.h"
 
-#ifndef __x86_64__
+#if !defined(__x86_64__) || defined(ZMQEXEC_UCONTEXT)
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -39,7 +39,7 @@ constexpr uint64_t POLLS_WITHOUT_PROGRESS = 20'000'000;  // seconds
 
 // ---- Fibers -------------------------------------------------------------------------------------------------------
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(ZMQEXEC_UCONTEXT)
 
 // ucontext's own switch calls the kernel for the signal mask, which costs 30 times as much.
 extern "C" void zmqexec_emulator_switch(void** save, void* load);
@@ -607,8 +607,17 @@ void act_ballot(void* const (&slots)[32], unsigned mask)
         if ((mask >> lane & 1) != 0) static_cast<VoteSlot*>(slots[lane])->all = all;
 }
 
+void ldmatrix(const char* name, uint32_t (&r)[4], const void* shared_row, Act act)
+{
+    MatrixSlot slot;
+    slot.r = r;
+    check_shared(shared_row, 16, name);
+    std::memcpy(slot.row, shared_row, 16);
+    collective(name, 0xffffffffu, &slot, act);
+}
+
 template <bool transposed>
-void ldmatrix(void* const (&slots)[32])
+void scatter_matrices(void* const (&slots)[32])
 {
     for (unsigned m = 0; m < 4; m++) {
         uint16_t matrix[8][8];
@@ -625,12 +634,12 @@ void ldmatrix(void* const (&slots)[32])
 
 void act_ldmatrix_x4(void* const (&slots)[32], unsigned)
 {
-    ldmatrix<false>(slots);
+    scatter_matrices<false>(slots);
 }
 
 void act_ldmatrix_x4_trans(void* const (&slots)[32], unsigned)
 {
-    ldmatrix<true>(slots);
+    scatter_matrices<true>(slots);
 }
 
 template <float (*widen)(uint16_t)>
