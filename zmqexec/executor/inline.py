@@ -14,6 +14,7 @@ from zmqexec.executor.base import Progress
 from zmqexec.protocol import EngineStats, LoadModel, StepInput, StepOutput
 
 if TYPE_CHECKING:
+    from zmqexec.worker.gpu.runner import GpuRunner
     from zmqexec.worker.runner import ModelRunner
 
 
@@ -28,11 +29,17 @@ class InlineExecutor:
         from zmqexec.worker.collectives import LocalCollectives
         from zmqexec.worker.runner import ModelRunner
 
-        def make_runner(load: LoadModel) -> ModelRunner:
-            return ModelRunner(load, LocalCollectives())
+        def make_runner(load: LoadModel) -> ModelRunner | GpuRunner:
+            if load.device == "cpu":
+                return ModelRunner(load, LocalCollectives())
+            from zmqexec.worker.gpu.collectives import LocalGpuCollectives
+            from zmqexec.worker.gpu.device import CudaDevice
+            from zmqexec.worker.gpu.runner import GpuRunner
+
+            return GpuRunner(load, LocalGpuCollectives(), CudaDevice(0))
 
         self._make_runner = make_runner
-        self._runner: ModelRunner | None = None
+        self._runner: ModelRunner | GpuRunner | None = None
         self._outputs: deque[StepOutput] = deque()
 
     def load(self, load: LoadModel, on_progress: Progress) -> int:
@@ -63,7 +70,7 @@ class InlineExecutor:
         self._runner = None
         self._outputs.clear()
 
-    def _open_runner(self) -> ModelRunner:
+    def _open_runner(self) -> ModelRunner | GpuRunner:
         if self._runner is None:
             raise InternalError("no model is loaded")
         return self._runner

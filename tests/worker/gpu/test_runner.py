@@ -23,12 +23,19 @@ class Truth:
 
     def __init__(self, path, name):
         self.path = path
-        self.model = make_checkpoint(path, **VARIANTS[name])
+        self.model = make_checkpoint(path, **{**VARIANTS, **LARGER}[name])
         self.prompts = random_prompts(self.model.config.vocab_size, [1, 7, 16, 17, 40, 70])
         self.expected = greedy(self.model, self.prompts, NUM_TOKENS)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+LARGER = {
+    "heads-of-64": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    "heads-of-128": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128},
+}
+"""Heads of sizes that the attention kernel has, and products that `skinny_gemm` takes."""
+
+
+@pytest.fixture(scope="module", params=[*VARIANTS, *LARGER])
 def truth(request, tmp_path_factory):
     return Truth(tmp_path_factory.mktemp(request.param), request.param)
 

@@ -80,16 +80,24 @@ class GpuLlama:
             self._settle(hidden, partial)
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    @property
+    def vocab_rows(self) -> int:
+        """Columns of this rank's logits."""
+        return len(self._weights.lm_head)
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """This rank's columns of the logits of rows of `forward`'s result, float32 [num_rows, vocab_rows].
 
-        -inf past the end of the vocabulary.
+        In `out` where it is given. -inf past the end of the vocabulary.
         """
         ops, weights = self._ops, self._weights
         if self._is_skinny(hidden):
-            logits = ops.linear(hidden, weights.lm_head, None, (weights.norm, self._eps), torch.float32)
+            logits = ops.linear(
+                hidden, weights.lm_head, None, norm=(weights.norm, self._eps), out=out, out_dtype=torch.float32
+            )
         else:
             logits = wide_logits(ops.rms_norm(hidden, weights.norm, self._eps), weights.lm_head)
+            logits = logits if out is None else out.copy_(logits)
         if len(self._held) < logits.shape[1]:
             logits[:, len(self._held) :] = -torch.inf
         return logits

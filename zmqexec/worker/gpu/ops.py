@@ -230,11 +230,13 @@ class Ops:
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        *,
         norm: tuple[torch.Tensor, float] | None = None,
+        out: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """norm(x) · weightᵀ + bias."""
-        return skinny_gemm.linear(x, weight, bias, norm=_norm(norm), out_dtype=out_dtype)
+        return skinny_gemm.linear(x, weight, bias, norm=_norm(norm), out=out, out_dtype=out_dtype)
 
     def linear_residual_(
         self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

@@ -183,6 +183,9 @@ class GpuRunner:
                     torch.empty(shape, dtype=self._dtype, device=device.torch_device) for _ in range(config.num_layers)
                 ]
             self._batch = Batch(engine.max_num_seqs, self._load.max_model_len, engine.block_size, num_blocks)
+            self._logits = torch.zeros(
+                (engine.max_num_seqs, self._model.vocab_rows), dtype=torch.float32, device=device.torch_device
+            )
             self._host_sampled = np.zeros(engine.max_num_seqs, np.bool_)
             with out_of_memory(device, "capturing CUDA graphs"):
                 self._graphs = DecodeGraphs(
@@ -268,7 +271,9 @@ class GpuRunner:
         self._ops.begin_decode(self._step_buffer, len(self._rows), self._state, rows)
         self._decode_attention.plan(rows.row_slots, rows.context_lens)
         places = Places(rows.slot_mapping, rows.positions, self._model.cos, self._model.sin)
-        return self._model.logits(self._model.forward(rows.input_ids, places, self._cache, None))
+        hidden = self._model.forward(rows.input_ids, places, self._cache, None)
+        # Graphs of all sizes leave their logits in one place: a step's are consumed before the next step is launched.
+        return self._model.logits(hidden, self._logits[:num_rows])
 
     def _mixed(self, step: StepInput, rows: Rows, updates: Int32Array, host_sampled: bool) -> Pending:
         """A step with prefills, or one that the host samples."""

@@ -13,8 +13,9 @@ from zmqexec.config import GREEDY_BELOW
 from zmqexec.protocol import Sampling
 from zmqexec.worker.gpu.collectives import GpuCollectives
 from zmqexec.worker.gpu.device import Device
-from zmqexec.worker.gpu.ops import Ops
-from zmqexec.worker.sampler import SEED_MASK, is_plain
+from zmqexec.worker.gpu.ops import PDL, Ops
+from zmqexec.worker.kernels.sample import allocate_params, params_of, sample
+from zmqexec.worker.sampler import is_plain
 
 IntArray = npt.NDArray[np.int64]
 
@@ -35,18 +36,23 @@ class DeviceSampler:
         self._vocab_start = vocab_start
         self._collectives = collectives
         self._ops = ops
+        self._device = device
         self._is_greedy = np.ones(num_slots, np.bool_)
+        self._params = allocate_params(num_slots, device.torch_device)
+        # A slot that has never sampled at random is greedy in a batch with ones that do.
+        greedy = torch.from_numpy(params_of(None).view(np.uint8)).to(device.torch_device)
+        self._params.copy_(greedy.expand(num_slots, -1))
         self._out = torch.zeros(num_slots, dtype=torch.int32, device=device.torch_device)
 
     def admit(self, slot: int, sampling: Sampling | None) -> bool:
         """Take in how `slot` samples from now on; True where only the host can do it."""
         self._is_greedy[slot] = sampling is None or sampling.temperature < GREEDY_BELOW
-        if is_plain(sampling):
-            return False
-        assert sampling is not None
-        if not is_device_samplable(sampling):
+        if not is_plain(sampling) and not is_device_samplable(sampling):
             return True
-        self._table.set(slot, sampling, self._vocab_size, sampling.seed & SEED_MASK)
+        record = torch.from_numpy(params_of(sampling).view(np.uint8))
+        if self._device.is_cuda:
+            record = record.pin_memory()
+        self._params[slot].copy_(record, non_blocking=True)
         return False
 
     def sample(
@@ -65,7 +71,8 @@ class DeviceSampler:
             return out
         if self._collectives.tp_size > 1:
             logits = self._collectives.all_gather(logits.contiguous()).transpose(0, 1).flatten(1)
-        self._table.sample(logits[:, : self._vocab_size], row_slots, known, out)
+        count = len(out)
+        sample(out, logits[:, : self._vocab_size], self._params, row_slots[:count], known[:count], pdl=PDL)
         return out
 
     def _greedy(self, logits: torch.Tensor, out: torch.Tensor) -> None:
