@@ -77,7 +77,7 @@ BINDING(argmax,
         "argmax(ids, values, logits, rows, cols, stride, first_id, stream, pdl)\n\n"
         "ids     [rows]                      int32: first_id + the column of the greatest logit, the lowest of equals\n"
         "values  [rows], or 0                float32: that logit\n"
-        "logits  [rows, cols], rows stride   float32; NaN never wins, and a row of nothing else gives column 0, -inf\n\n"
+        "logits  [rows, cols], rows stride   float32; NaN never wins; a row of nothing else gives column 0, -inf\n\n"
         "first_id is where this rank's shard of the vocabulary begins. Exact.")
 
 }  // namespace

@@ -112,7 +112,7 @@ BINDING(rope_write_kv,
         "slot_mapping  [tokens]  int32, block · block_size + offset, distinct; -1: a padded row, nothing is written\n"
         "positions     [tokens]  int32, rows of cos and sin; not read where padded\n"
         "cos, sin      [max_position, head_dim / 2]  float32\n\n"
-        "Computes in float32 and rounds once. Reference: kernels/reference.py, tolerance one unit in the last place of\n"
+        "Float32 inside and rounded once. Reference: kernels/reference.py, tolerance one unit in the last place of\n"
         "dtype at the size of the pair. Layout of the pages: Kwon et al. 2023 (arXiv:2309.06180).")
 
 }  // namespace

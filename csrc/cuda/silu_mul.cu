@@ -41,8 +41,8 @@ BINDING(silu_mul,
         "silu_mul(out, gate_up, rows, inner, dtype, stream, pdl)\n\n"
         "out      [rows, inner]      dtype\n"
         "gate_up  [rows, 2 · inner]  dtype; gate columns, then up columns\n\n"
-        "Float32 inside and rounded once, where kernels/reference.py rounds silu(gate) too: tolerance two units in the\n"
-        "last place of dtype (float32: 2^-20 of the value).")
+        "Float32 inside and rounded once, where kernels/reference.py rounds silu(gate) too: tolerance two units in\n"
+        "the last place of dtype (float32: 2^-20 of the value).")
 
 }  // namespace
 }  // namespace zmqexec

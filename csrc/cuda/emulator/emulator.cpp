@@ -415,8 +415,9 @@ void start_block(Grid& grid)
     grid.resident++;
     auto block = std::make_unique<Block>();
     block->grid = &grid;
-    block->index = {static_cast<unsigned>(number % grid.size.x), static_cast<unsigned>(number / grid.size.x % grid.size.y),
-                    static_cast<unsigned>(number / grid.size.x / grid.size.y)};
+    block->index.x = static_cast<unsigned>(number % grid.size.x);
+    block->index.y = static_cast<unsigned>(number / grid.size.x % grid.size.y);
+    block->index.z = static_cast<unsigned>(number / grid.size.x / grid.size.y);
     block->num_threads = grid.block.x * grid.block.y * grid.block.z;
     block->memory.assign(grid.shared_bytes + 2 * GUARD_BYTES + 128, GUARD);
     auto address = reinterpret_cast<uintptr_t>(block->memory.data()) + GUARD_BYTES;
@@ -464,7 +465,8 @@ void finish_block(Block& block)
         }
     }
     if (block.grid->pdl && failure.empty() && !(block.waited && block.launched))
-        failure = format("%s never called %s", name(block).c_str(), block.waited ? "pdl_launch_dependents" : "pdl_wait");
+        failure = format("%s never called %s", name(block).c_str(),
+                         block.waited ? "pdl_launch_dependents" : "pdl_wait");
     block.grid->resident--;
     discard(block);
     for (auto& owner : blocks)
@@ -715,7 +717,8 @@ uint16_t to_fp16(float value)
 
 float from_fp16(uint16_t bits)
 {
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+    const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
     if (exponent == 0) {
         const float value = static_cast<float>(mantissa) * 0x1p-24f;
         return sign != 0 ? -value : value;

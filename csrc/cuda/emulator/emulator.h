@@ -99,7 +99,8 @@ template <class T>
 T shuffle(const char* name, Shuffle kind, unsigned mask, T value, int operand, int width)
 {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
-    if (width <= 0 || width > 32 || (width & (width - 1)) != 0) fail("%s: width %d is no power of 2 up to 32", name, width);
+    if (width <= 0 || width > 32 || (width & (width - 1)) != 0)
+        fail("%s: width %d is no power of 2 up to 32", name, width);
     const int lane = static_cast<int>(current->lane), first = lane & ~(width - 1), last = first + width - 1;
     int source = -1;
     switch (kind) {
