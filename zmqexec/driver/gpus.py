@@ -5,9 +5,9 @@ Runs in: driver.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ def choose_device(config: EngineConfig) -> Literal["cpu", "cuda"]:
             "device='cpu'",
             "tensor_parallel_size",
         )
-    if tp_size > 1 and importlib.util.find_spec("cupy") is None:
+    if tp_size > 1 and find_spec("cupy") is None:
         extra = f"cuda{cuda.split('.')[0]}"
         raise ConfigError(
             f"tensor_parallel_size={tp_size} on GPUs needs cupy: pip install 'zmqexec[{extra}]' (this torch has CUDA "
@@ -59,7 +59,7 @@ def num_visible_gpus(dev: Path = Path("/dev")) -> int:
 
 def torch_cuda_version() -> str | None:
     """The CUDA version that the installed torch was built with, read from its files; None: without CUDA."""
-    spec = importlib.util.find_spec("torch")
+    spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
     try:

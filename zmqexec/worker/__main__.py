@@ -164,19 +164,23 @@ class Worker:
         return ModelRunner(load, collectives, on_phase=self._set_phase)
 
     def _make_gpu_runner(self, load: LoadModel) -> GpuRunner:
-        from zmqexec.worker.gpu.collectives import make_collectives
+        from zmqexec.worker.gpu.collectives import GpuCollectives, LocalGpuCollectives
         from zmqexec.worker.gpu.device import CudaDevice
         from zmqexec.worker.gpu.runner import GpuRunner
 
         arguments = self._arguments
         device = CudaDevice(self._rank)
-        collectives = make_collectives(
-            self._rank,
-            arguments["tp_size"],
-            arguments["store_fd"],
-            arguments["collective_timeout_s"],
-            join_timeout_s=arguments["join_timeout_s"],
-        )
+        collectives: GpuCollectives = LocalGpuCollectives()
+        if arguments["tp_size"] > 1:
+            from zmqexec.worker.gpu.nccl import NcclCollectives
+
+            collectives = NcclCollectives(
+                self._rank,
+                arguments["tp_size"],
+                arguments["store_fd"],
+                arguments["collective_timeout_s"],
+                join_timeout_s=arguments["join_timeout_s"],
+            )
         self._outputs = OutputThread(self._deliver, self._fail_from_thread)
         return GpuRunner(load, collectives, device, on_phase=self._set_phase)
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zmqexec.errors import InternalError
 from zmqexec.worker.kernels import reference
 from zmqexec.worker.kernels.paged_attention import AttentionWorkspace
 

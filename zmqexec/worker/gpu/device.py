@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -81,19 +81,19 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         self.num_sms = torch.cuda.get_device_properties(index).multi_processor_count
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def stream(self) -> int:
         return int(torch.cuda.current_stream().cuda_stream)
 
     def record(self) -> Event | None:
-        event = torch.cuda.Event(blocking=True)
-        event.record()
+        event: Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record()  # type: ignore[attr-defined]
         return event
 
     def capture(self, launch: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
         # Once without recording: libraries set themselves up on first use, which a capture forbids.
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             launch()

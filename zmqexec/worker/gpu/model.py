@@ -109,7 +109,7 @@ class GpuLlama:
         weights = self._weights
         layer = weights.layers[0]
         return layer.gate_up.shape[0] % 8 == 0 and all(
-            supported(len(hidden), *weight.shape, hidden.dtype)
+            supported(len(hidden), weight.shape[0], weight.shape[1], hidden.dtype)
             for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, weights.lm_head)
         )
 
@@ -166,9 +166,7 @@ class GpuLlama:
             self._project_(hidden, inner, layer.down, layer.down_bias)
         return hidden
 
-    def _project_(
-        self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
+    def _project_(self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """hidden += the sum over the ranks of x · weightᵀ + bias."""
         if self._collectives.tp_size == 1:
             self._ops.linear_residual_(hidden, x, weight, bias)

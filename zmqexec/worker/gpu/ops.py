@@ -158,9 +158,7 @@ class Ops:
         """As `kernels.rms_norm`."""
         return self._rms_norm(None, x, weight, eps)
 
-    def add_rms_norm_(
-        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
+    def add_rms_norm_(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """residual += x; the norm of that."""
         return self._rms_norm(residual, x, weight, eps)
 

@@ -13,7 +13,6 @@ waits. So the next step is launched while this one runs, and the device never wa
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from zmqexec.bus.status import Phase
-from zmqexec.errors import ConfigError, InternalError
+from zmqexec.errors import InternalError
 from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config
 from zmqexec.protocol import LoadModel, StepInput, StepOutput
 from zmqexec.worker.batch import Batch, Rows
@@ -159,11 +158,14 @@ class GpuRunner:
         )
 
     def _measure(self) -> None:
-        """The step that needs the most memory: as many tokens as a step may have, as many samples as there are slots."""
+        """The step that needs the most memory: all the tokens a step may have, and a sample of every slot."""
         assert self._model is not None
         engine, device = self._load.config, self._device.torch_device
         num_tokens = engine.max_num_batched_tokens
-        lens = [min(self._load.max_model_len, num_tokens - begin) for begin in range(0, num_tokens, self._load.max_model_len)]
+        lens = [
+            min(self._load.max_model_len, num_tokens - begin)
+            for begin in range(0, num_tokens, self._load.max_model_len)
+        ]
         zeros = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         places = Places(torch.full_like(zeros, -1), zeros, self._model.cos, self._model.sin)
         sums = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device)
@@ -224,7 +226,7 @@ class GpuRunner:
             return np.empty((0, 3), np.int32)
         pairs = np.frombuffer(step.new_blocks, "<i4").reshape(-1, 2)
         slots = pairs[:, 0]
-        if len(slots) and not (0 <= slots.min() and slots.max() < self._load.config.max_num_seqs):
+        if len(slots) and not (slots.min() >= 0 and slots.max() < self._load.config.max_num_seqs):
             return np.empty((0, 3), np.int32)  # take_in refuses the step
         order = np.argsort(slots, kind="stable")
         first = np.searchsorted(slots[order], slots[order])  # where each slot's run begins
@@ -364,7 +366,7 @@ class GpuRunner:
         packed = torch.empty(sum(map(len, arrays)), dtype=torch.int32, pin_memory=self._device.is_cuda)
         np.concatenate([array.astype(np.int32, copy=False) for array in arrays], out=packed.numpy())
         copied = packed.to(self._device.torch_device, non_blocking=True)
-        return list(copied.split([len(array) for array in arrays]))
+        return list(torch.split(copied, [len(array) for array in arrays]))
 
     def _append(
         self,

@@ -47,7 +47,7 @@ class DeviceSampler:
     def admit(self, slot: int, sampling: Sampling | None) -> bool:
         """Take in how `slot` samples from now on; True where only the host can do it."""
         self._is_greedy[slot] = sampling is None or sampling.temperature < GREEDY_BELOW
-        if not is_plain(sampling) and not is_device_samplable(sampling):
+        if not is_plain(sampling) and (sampling is None or not is_device_samplable(sampling)):
             return True
         record = torch.from_numpy(params_of(sampling).view(np.uint8))
         if self._device.is_cuda:

@@ -1,0 +1,83 @@
+"""Where the workers will compute is decided without touching a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from zmqexec.config import EngineConfig
+from zmqexec.driver import gpus
+from zmqexec.errors import ConfigError
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """`machine(num_gpus, cuda)`: a machine with so many GPUs, and a torch for that CUDA."""
+
+    def make(num_gpus, cuda="13.0"):
+        for index in range(num_gpus):
+            (tmp_path / f"nvidia{index}").touch()
+        for name in ("nvidiactl", "nvidia-uvm", "null"):
+            (tmp_path / name).touch()
+        count = gpus.num_visible_gpus
+        monkeypatch.setattr(gpus, "num_visible_gpus", lambda: count(tmp_path))
+        monkeypatch.setattr(gpus, "torch_cuda_version", lambda: cuda)
+        monkeypatch.setattr(gpus, "find_spec", lambda name: None)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return make
+
+
+def test_auto_takes_the_gpus_where_there_are_any(machine):
+    machine(1)
+    assert gpus.choose_device(EngineConfig()) == "cuda"
+
+
+@pytest.mark.parametrize(("num_gpus", "cuda"), [(0, "13.0"), (2, None)])
+def test_auto_takes_the_cpu_without_a_gpu_or_a_torch_for_it(machine, num_gpus, cuda):
+    machine(num_gpus, cuda)
+    assert gpus.choose_device(EngineConfig()) == "cpu"
+
+
+def test_the_cpu_can_be_asked_for(machine):
+    machine(2)
+    assert gpus.choose_device(EngineConfig(device="cpu", tensor_parallel_size=4)) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("0,1", 2), ("1", 1), ("", 0), ("-1", 0), ("0,-1,1", 1), ("0,1,2,3,4", 3), ("GPU-abc,GPU-def", 2)],
+)
+def test_only_visible_gpus_count(machine, monkeypatch, visible, expected):
+    machine(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus.num_visible_gpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "cuda", "config", "words"),
+    [
+        (0, "13.0", {"device": "cuda"}, "no NVIDIA GPU is visible"),
+        (1, None, {"device": "cuda"}, "the installed torch has no CUDA"),
+        (1, "13.0", {"tensor_parallel_size": 2}, "1 are visible"),
+        (2, "13.0", {"tensor_parallel_size": 2}, r"zmqexec\[cuda13\]"),
+        (2, "12.8", {"tensor_parallel_size": 2}, r"zmqexec\[cuda12\]"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_remedy(machine, num_gpus, cuda, config, words):
+    machine(num_gpus, cuda)
+    with pytest.raises(ConfigError, match=words):
+        gpus.choose_device(EngineConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda = '12.8'", "12.8"), ("cuda: Optional[str] = None", None)],
+)
+def test_torchs_cuda_version_is_read_from_its_files(tmp_path, monkeypatch, line, expected):
+    (tmp_path / "version.py").write_text(f"__version__ = '2.11.0'\ndebug = False\n{line}\nhip = '6.0'\n")
+
+    class Spec:
+        origin = str(tmp_path / "__init__.py")
+
+    monkeypatch.setattr(gpus, "find_spec", lambda name: Spec)
+    assert gpus.torch_cuda_version() == expected
