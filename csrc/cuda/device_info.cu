@@ -14,8 +14,8 @@ static const char* device_info(int device, std::vector<int64_t>& info)
     };
     for (cudaDeviceAttr attribute : attributes) {
         int value = 0;
-        if (const char* error = cuda_error(cudaDeviceGetAttribute(&value, attribute, device), "the device's attributes"))
-            return error;
+        const cudaError_t status = cudaDeviceGetAttribute(&value, attribute, device);
+        if (const char* error = cuda_error(status, "the device's attributes")) return error;
         info.push_back(value);
     }
 #else

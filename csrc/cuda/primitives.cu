@@ -80,7 +80,7 @@ const char* primitive_exchange(int* out, const int* in, int operand, int width, 
 }
 BINDING(primitive_exchange,
         "primitive_exchange(out, in, operand, width, stream)\n\n"
-        "out [9, 32] int32 of in [32] int32: shuffles by index, up, down and xor; ballot, any and all of in > operand;\n"
+        "out [9, 32] int32 of in [32] int32: shuffles by index, up, down, xor; ballot, any, all of in > operand;\n"
         "a shuffle within each half; integer intrinsics.")
 
 // As many blocks as given, each of 64 threads: the last to arrive sums what the others wrote.
@@ -141,8 +141,8 @@ const char* primitive_conversion(void* narrow, float* wide, void* pairs, const f
 }
 BINDING(primitive_conversion,
         "primitive_conversion(narrow, wide, pairs, in, count, dtype, stream)\n\n"
-        "narrow [count] dtype: in [count] float32, rounded; wide [count] float32: that, widened; pairs [count, 2] dtype:\n"
-        "in and -in.")
+        "narrow [count] dtype: in [count] float32, rounded; wide [count] float32: that, widened;\n"
+        "pairs [count, 2] dtype: in and -in.")
 
 __global__ void function_kernel(float* out, const float* in, int count)
 {

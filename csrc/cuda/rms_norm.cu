@@ -107,7 +107,8 @@ BINDING(rms_norm,
         "x         [rows, cols], rows x_stride    dtype\n"
         "weight    [cols]                         dtype\n\n"
         "Float32 inside; the normalised row is rounded to dtype before the weight multiplies it. Reference:\n"
-        "kernels/reference.py, tolerance one unit in the last place of dtype (float32: 4).")
+        "kernels/reference.py, tolerance two units in the last place of dtype (float32: 4): a row rounded the other\n"
+        "way is multiplied and rounded again.")
 
 }  // namespace
 }  // namespace zmqexec

@@ -25,7 +25,7 @@ def test_kernels_touch_no_memory_but_their_own():
         ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    # The interpreter never frees all it has; tests/worker/kernels/test_emulator.py makes the faults that this looks for.
+    # The interpreter never frees all it has; test_emulator.py makes the very faults that this looks for.
     env = os.environ | {
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",

@@ -17,7 +17,7 @@
 
 #include "../binding.h"
 
-#ifndef __x86_64__
+#if !defined(__x86_64__) || defined(ZMQEXEC_UCONTEXT)
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -38,7 +38,7 @@ constexpr uint64_t POLLS_WITHOUT_PROGRESS = 20'000'000;  // seconds
 
 // ---- Fibers -------------------------------------------------------------------------------------------------------
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(ZMQEXEC_UCONTEXT)
 
 // ucontext's own switch calls the kernel for the signal mask, which costs 30 times as much.
 extern "C" void zmqexec_emulator_switch(void** save, void* load);
@@ -411,8 +411,9 @@ void start_block(Grid& grid)
     grid.resident++;
     auto block = std::make_unique<Block>();
     block->grid = &grid;
-    block->index = {static_cast<unsigned>(number % grid.size.x), static_cast<unsigned>(number / grid.size.x % grid.size.y),
-                    static_cast<unsigned>(number / grid.size.x / grid.size.y)};
+    block->index.x = static_cast<unsigned>(number % grid.size.x);
+    block->index.y = static_cast<unsigned>(number / grid.size.x % grid.size.y);
+    block->index.z = static_cast<unsigned>(number / grid.size.x / grid.size.y);
     block->num_threads = grid.block.x * grid.block.y * grid.block.z;
     block->memory.assign(grid.shared_bytes + 2 * GUARD_BYTES + 128, GUARD);
     auto address = reinterpret_cast<uintptr_t>(block->memory.data()) + GUARD_BYTES;
@@ -460,7 +461,8 @@ void finish_block(Block& block)
         }
     }
     if (block.grid->pdl && failure.empty() && !(block.waited && block.launched))
-        failure = format("%s never called %s", name(block).c_str(), block.waited ? "pdl_launch_dependents" : "pdl_wait");
+        failure = format("%s never called %s", name(block).c_str(),
+                         block.waited ? "pdl_launch_dependents" : "pdl_wait");
     block.grid->resident--;
     discard(block);
     for (auto& owner : blocks)
@@ -598,8 +600,17 @@ void act_ballot(void* const (&slots)[32], unsigned mask)
         if ((mask >> lane & 1) != 0) static_cast<VoteSlot*>(slots[lane])->all = all;
 }
 
+void ldmatrix(const char* name, uint32_t (&r)[4], const void* shared_row, Act act)
+{
+    MatrixSlot slot;
+    slot.r = r;
+    check_shared(shared_row, 16, name);
+    std::memcpy(slot.row, shared_row, 16);
+    collective(name, 0xffffffffu, &slot, act);
+}
+
 template <bool transposed>
-void ldmatrix(void* const (&slots)[32])
+void scatter_matrices(void* const (&slots)[32])
 {
     for (unsigned m = 0; m < 4; m++) {
         uint16_t matrix[8][8];
@@ -616,12 +627,12 @@ void ldmatrix(void* const (&slots)[32])
 
 void act_ldmatrix_x4(void* const (&slots)[32], unsigned)
 {
-    ldmatrix<false>(slots);
+    scatter_matrices<false>(slots);
 }
 
 void act_ldmatrix_x4_trans(void* const (&slots)[32], unsigned)
 {
-    ldmatrix<true>(slots);
+    scatter_matrices<true>(slots);
 }
 
 template <float (*widen)(uint16_t)>
@@ -697,7 +708,8 @@ uint16_t to_fp16(float value)
 
 float from_fp16(uint16_t bits)
 {
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+    const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
     if (exponent == 0) {
         const float value = static_cast<float>(mantissa) * 0x1p-24f;
         return sign != 0 ? -value : value;

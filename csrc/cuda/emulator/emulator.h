@@ -97,7 +97,8 @@ template <class T>
 T shuffle(const char* name, Shuffle kind, unsigned mask, T value, int operand, int width)
 {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
-    if (width <= 0 || width > 32 || (width & (width - 1)) != 0) fail("%s: width %d is no power of 2 up to 32", name, width);
+    if (width <= 0 || width > 32 || (width & (width - 1)) != 0)
+        fail("%s: width %d is no power of 2 up to 32", name, width);
     const int lane = static_cast<int>(current->lane), first = lane & ~(width - 1), last = first + width - 1;
     int source = -1;
     switch (kind) {
@@ -127,10 +128,13 @@ inline unsigned ballot(const char* name, unsigned mask, bool predicate)
     return slot.all;
 }
 
+// A lane's row is read when the lane arrives, not when the last one does: what others wrote to it is there only if a
+// barrier came before.
 struct MatrixSlot {
-    const void* row;
+    unsigned char row[16];
     uint32_t* r;
 };
+void ldmatrix(const char* name, uint32_t (&r)[4], const void* shared_row, Act act);
 void act_ldmatrix_x4(void* const (&slots)[32], unsigned mask);
 void act_ldmatrix_x4_trans(void* const (&slots)[32], unsigned mask);
 
@@ -350,15 +354,11 @@ void cp_async_wait()
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row)
 {
-    emulator::MatrixSlot slot{shared_row, r};
-    emulator::check_shared(shared_row, 16, "ldmatrix_x4");
-    emulator::collective("ldmatrix_x4", 0xffffffffu, &slot, emulator::act_ldmatrix_x4);
+    emulator::ldmatrix("ldmatrix_x4", r, shared_row, emulator::act_ldmatrix_x4);
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row)
 {
-    emulator::MatrixSlot slot{shared_row, r};
-    emulator::check_shared(shared_row, 16, "ldmatrix_x4_trans");
-    emulator::collective("ldmatrix_x4_trans", 0xffffffffu, &slot, emulator::act_ldmatrix_x4_trans);
+    emulator::ldmatrix("ldmatrix_x4_trans", r, shared_row, emulator::act_ldmatrix_x4_trans);
 }
 
 template <class T>
