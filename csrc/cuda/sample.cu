@@ -16,10 +16,13 @@ namespace {
 constexpr int NUM_BUCKETS = 1024;
 constexpr int LAST = NUM_BUCKETS - 1;
 constexpr int DIGIT_BITS = 10;
-constexpr int FIRST_SHIFT = 48;    // of a float64's bits: 16 buckets for each halving of the weight
+constexpr int FIRST_SHIFT = 48;     // of a float64's bits: 16 buckets for each halving of the weight
 constexpr int HEAVY_BUCKETS = 256;  // of the first histogram, weights above 2^-16: mostly few tokens, nearly all mass
 constexpr int MOST_LISTED = 1024;
-constexpr uint64_t ONE = 0x3ff0000000000000;  // the bits of 1.0, the largest weight
+constexpr uint64_t ONE = 0x3ff0000000000000;        // the bits of 1.0, the largest weight
+constexpr uint64_t ALL_HIGH = 0x3ff0ffffffffffff;  // the end of its bucket
+constexpr int STEPS = 32;                          // of exp()'s table for each halving
+constexpr double STEPS_PER_NAT = STEPS * 1.4426950408889634;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // One slot's parameters, 48 bytes, as kernels/sample.py packs them.
@@ -37,6 +40,7 @@ struct Shared {
     // The list, heaviest first; `through`: sums of mass up to and including each.
     uint64_t bits[MOST_LISTED], through[MOST_LISTED];
     uint32_t ids[MOST_LISTED];
+    double powers[STEPS];  // 2^(i / STEPS)
     uint64_t warp_mass[32];
     uint32_t warp_count[32];
     float least, most;
@@ -111,7 +115,7 @@ __device__ void block_scan(T (&values)[PER_THREAD], T* scratch)
     for (int i = 0; i < PER_THREAD; i++) values[i] += before;
 }
 
-// The weights whose bits are in [low, high], in buckets of 2^shift bit patterns from `high` down; what lies beyond the
+// The weights whose bits are in [low, high], in buckets of equal bits >> shift from `high` down; what lies beyond the
 // last bucket counts there. `count` tokens of mass `mass` are heavier.
 struct Interval {
     uint64_t low, high;
@@ -135,7 +139,7 @@ struct Row {
     const float* logits;
     int vocab;
     float largest = 0.0f;
-    double temperature = 1.0, inverse_temperature = 1.0;
+    double temperature = 1.0, steps_per_logit = STEPS_PER_NAT;
     double mass_of_one = 1.0;  // a power of two
     bool ranks = false;        // whether ranks will be asked for
 
@@ -147,31 +151,31 @@ struct Row {
     // What the list holds.
     uint64_t listed = 0, listed_after_count = 0, listed_after_mass = 0;
 
-    // visit(id, logit) for every token; whole warps visit together, with id >= vocab where there is none.
+    // visit(id, logits of the four tokens from id on), by whole warps; NaN where there is no token.
     template <class Visit>
     __device__ __forceinline__ void visit_logits(Visit&& visit) const
     {
-        const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+        constexpr uint32_t NOTHING = 0x7fffffff;
+        const int num_whole = reinterpret_cast<uintptr_t>(logits) % 16 == 0 ? vocab / 4 : 0;
         auto fetch = [&](int at) {
-            if (aligned && 4 * at + 4 <= vocab) return load_cg_16(logits + 4 * at);
-            uint4 four = make_uint4(0, 0, 0, 0);
+            if (at < num_whole) return load_cg_16(logits + 4 * at);
+            uint4 four = make_uint4(NOTHING, NOTHING, NOTHING, NOTHING);
             if (4 * at < vocab) four.x = load_cg_4(logits + 4 * at);
             if (4 * at + 1 < vocab) four.y = load_cg_4(logits + 4 * at + 1);
             if (4 * at + 2 < vocab) four.z = load_cg_4(logits + 4 * at + 2);
             if (4 * at + 3 < vocab) four.w = load_cg_4(logits + 4 * at + 3);
             return four;
         };
-        const int thread = static_cast<int>(threadIdx.x), num_fours = (vocab + 3) / 4;
+        const int thread = static_cast<int>(threadIdx.x);
         uint4 next = fetch(thread), after_next = fetch(thread + THREADS);
 #pragma unroll 1
-        for (int first = 0; first < num_fours; first += THREADS) {
-            const int at = first + thread;
-            const uint4 four = next;
+        for (int first = 0; 4 * first < vocab; first += THREADS) {
+            const uint4 raw = next;
             next = after_next;
-            after_next = fetch(at + 2 * THREADS);
-            const uint32_t words[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) visit(4 * at + i, __uint_as_float(words[i]));
+            after_next = fetch(first + thread + 2 * THREADS);
+            const float four[4] = {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
+                                   __uint_as_float(raw.w)};
+            visit(4 * (first + thread), four);
         }
     }
 
@@ -180,11 +184,11 @@ struct Row {
     {
         float value = -INFINITY;
         uint32_t id = UINT32_MAX;
-        visit_logits([&](int at, float logit) {
-            if (at < vocab && logit > value) {
-                value = logit;
-                id = static_cast<uint32_t>(at);
-            }
+        visit_logits([&](int first, const float (&four)[4]) {
+            const float most = fmaxf(fmaxf(four[0], four[1]), fmaxf(four[2], four[3]));
+            if (!(most > value)) return;
+            value = most;
+            id = static_cast<uint32_t>(first + (four[0] == most ? 0 : four[1] == most ? 1 : four[2] == most ? 2 : 3));
         });
         uint64_t best = uint64_t{key_of(value + 0.0f)} << 32 | static_cast<uint32_t>(~id);
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -206,9 +210,28 @@ struct Row {
         return static_cast<int>(id);
     }
 
+    // exp((logit - largest) / temperature) to 2^-52 for each unit of the exponent, 1 for the largest, 0 below 2^-1000:
+    // a table of 2^(i / 32) and a Taylor polynomial, without branches, so that four at once fill the pipeline. Every
+    // product and sum is spelled out: all passes must agree on the bits.
     __device__ __forceinline__ double weight(float logit) const
     {
-        return exp((static_cast<double>(logit) - static_cast<double>(largest)) * inverse_temperature);
+        constexpr double ROUND = 6755399441055744.0;  // 1.5 · 2^52: adding it leaves an integer in the low word
+        constexpr double C = 1.0 / STEPS_PER_NAT;
+        const double below = static_cast<double>(logit) - static_cast<double>(largest);
+        const double shifted = fma(below, steps_per_logit, ROUND);
+        const int32_t step = static_cast<int32_t>(static_cast<uint32_t>(bits_of(shifted)));
+        const double whole = shifted - ROUND;
+        const double rest = fma(below, steps_per_logit, -whole);
+        double series = fma(rest, C * C * C * C * C * C / 720, C * C * C * C * C / 120);
+        series = fma(rest, series, C * C * C * C / 24);
+        series = fma(rest, series, C * C * C / 6);
+        series = fma(rest, series, C * C / 2);
+        series = fma(rest, series, C);
+        series = fma(rest, series, 1.0);
+        const uint64_t bits = bits_of(shared.powers[step & (STEPS - 1)] * series);
+        const uint64_t halvings = static_cast<uint64_t>(static_cast<uint32_t>(step >> 5)) << 52;
+        const uint32_t least = static_cast<uint32_t>(bits_of(-1000.0 * STEPS) >> 32);
+        return static_cast<uint32_t>(bits_of(whole) >> 32) > least ? 0.0 : from_bits(bits + halvings);
     }
 
     // Adding 2^52 rounds to an integer and leaves it in the low bits.
@@ -228,7 +251,7 @@ struct Row {
             return limit == limit ? static_cast<float>(limit) : static_cast<float>(side * INFINITY);
         };
         shared.least = low == 0 ? -INFINITY : bound(low, -1.0);
-        shared.most = high == ONE ? INFINITY : bound(high, 1.0);
+        shared.most = high >= ONE ? INFINITY : bound(high, 1.0);
     }
 
     __device__ __forceinline__ void add_mass(int bucket, uint64_t mass)
@@ -245,54 +268,67 @@ struct Row {
     }
 
     // The histogram of `interval`, summed up.
-    __device__ void count_tokens(const Interval& interval)
+    template <bool FIRST>
+    __device__ __forceinline__ void count_tokens(const Interval& interval)
     {
         const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-        const bool first = interval.shift == FIRST_SHIFT;
-        const int heavy = first && !whole ? HEAVY_BUCKETS : NUM_BUCKETS;
+        const int heavy = FIRST && !whole ? HEAVY_BUCKETS : NUM_BUCKETS;
         __syncthreads();
         for (int i = thread; i < NUM_BUCKETS; i += THREADS) {
             shared.count[i] = shared.mass_low[i] = shared.mass_high[i] = 0;
         }
-        if (thread == 0 && !first) set_bounds(interval.low, interval.high);
+        if (thread == 0 && !FIRST) set_bounds(interval.low, interval.high);
         __syncthreads();
-        const float least = first ? -INFINITY : shared.least, most = first ? INFINITY : shared.most;
+        const float least = FIRST ? -INFINITY : shared.least, most = FIRST ? INFINITY : shared.most;
 
         uint64_t rest_mass = 0;
         uint32_t rest_count = 0;
-        visit_logits([&](int id, float logit) {
-            int bucket = -1;
-            uint64_t mass = 0;
-            if (id < vocab && logit >= least && logit <= most) {
-                const double value = weight(logit);
+        visit_logits([&](int, const float (&four)[4]) {
+            int buckets[4];
+            uint64_t masses[4];
+            bool any = false;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const double value = weight(four[i]);
                 const uint64_t bits = bits_of(value);
-                if (bits >= interval.low && bits <= interval.high) {
-                    bucket = static_cast<int>(min((interval.high - bits) >> interval.shift, uint64_t{LAST}));
-                    mass = mass_of(value);
-                    if (bucket >= heavy) {
-                        rest_mass += mass;
-                        if (!ranks || bucket == LAST) {
-                            rest_count++;
-                            bucket = -1;
-                        }
+                masses[i] = mass_of(value);
+                buckets[i] = FIRST ? min(static_cast<int>(ALL_HIGH >> 48) - static_cast<int>(bits >> 48), LAST)
+                                   : static_cast<int>((interval.high >> interval.shift) - (bits >> interval.shift));
+                const bool inside = FIRST ? four[i] == four[i] && bits >= interval.low
+                                          : four[i] >= least && four[i] <= most && bits >= interval.low &&
+                                                bits <= interval.high;
+                if (!inside) {
+                    buckets[i] = -1;
+                    masses[i] = 0;
+                }
+                if (FIRST && buckets[i] >= heavy) {
+                    rest_mass += masses[i];
+                    if (!ranks || buckets[i] == LAST) {
+                        rest_count++;
+                        buckets[i] = -1;
                     }
                 }
+                any |= buckets[i] >= 0;
             }
-            // Equal weights would queue up at one address: a warp that agrees adds once.
-            const int agreed = __shfl_sync(ALL_LANES, bucket, 0);
-            if (__all_sync(ALL_LANES, bucket == agreed)) {
-                if (agreed < 0) return;
-                if (lane == 0) atomicAdd(&shared.count[agreed], 32u);
-                if (agreed >= heavy) return;
+            if (!__any_sync(ALL_LANES, any)) return;
 #pragma unroll
-                for (int distance = 16; distance > 0; distance /= 2) {
-                    mass += __shfl_xor_sync(ALL_LANES, mass, distance);
+            for (int i = 0; i < 4; i++) {
+                // Equal weights would queue up at one address: a warp that agrees adds once.
+                const int agreed = __shfl_sync(ALL_LANES, buckets[i], 0);
+                if (__all_sync(ALL_LANES, buckets[i] == agreed)) {
+                    if (agreed < 0) continue;
+                    if (lane == 0) atomicAdd(&shared.count[agreed], 32u);
+                    if (agreed >= heavy) continue;
+#pragma unroll
+                    for (int distance = 16; distance > 0; distance /= 2) {
+                        masses[i] += __shfl_xor_sync(ALL_LANES, masses[i], distance);
+                    }
+                    if (lane == 0) add_mass(agreed, masses[i]);
                 }
-                if (lane == 0) add_mass(agreed, mass);
-            }
-            else if (bucket >= 0) {
-                atomicAdd(&shared.count[bucket], 1u);
-                if (bucket < heavy) add_mass(bucket, mass);
+                else if (buckets[i] >= 0) {
+                    atomicAdd(&shared.count[buckets[i]], 1u);
+                    if (buckets[i] < heavy) add_mass(buckets[i], masses[i]);
+                }
             }
         });
 #pragma unroll
@@ -352,16 +388,20 @@ struct Row {
             }
             __syncthreads();
             const float least = shared.least, most = shared.most;
-            visit_logits([&](int id, float logit) {
-                if (id >= vocab || !(logit >= least && logit <= most)) return;
-                if (exact) {
-                    const uint64_t bits = bits_of(weight(logit));
-                    if (bits < low || bits > high) return;
+            visit_logits([&](int first, const float (&four)[4]) {
+                if (!(fmaxf(fmaxf(four[0], four[1]), fmaxf(four[2], four[3])) >= least)) return;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    if (!(four[i] >= least && four[i] <= most)) continue;
+                    if (exact) {
+                        const uint64_t bits = bits_of(weight(four[i]));
+                        if (bits < low || bits > high) continue;
+                    }
+                    const uint32_t place = atomicAdd(&shared.num_listed, 1u);
+                    if (place >= MOST_LISTED) continue;
+                    shared.ids[place] = static_cast<uint32_t>(first + i);
+                    shared.bits[place] = __float_as_uint(four[i]);
                 }
-                const uint32_t place = atomicAdd(&shared.num_listed, 1u);
-                if (place >= MOST_LISTED) return;
-                shared.ids[place] = static_cast<uint32_t>(id);
-                shared.bits[place] = __float_as_uint(logit);
             });
             __syncthreads();
             if (exact || shared.num_listed <= MOST_LISTED) break;
@@ -481,7 +521,10 @@ struct Row {
 #pragma unroll 1
         for (bool recount = total;;) {
             const bool first = interval.shift == FIRST_SHIFT;
-            if (recount || counted_shift != interval.shift || counted_high != interval.high) count_tokens(interval);
+            if (recount || counted_shift != interval.shift || counted_high != interval.high) {
+                if (first) count_tokens<true>(interval);
+                else count_tokens<false>(interval);
+            }
             if (total) return {mass_through(LAST), -1};
             const uint64_t remaining = wanted - (by_rank ? interval.count : interval.mass);
             const int bucket = first_reaching(remaining, NUM_BUCKETS, [&](int i) {
@@ -501,8 +544,9 @@ struct Row {
             const uint64_t count_before = bucket > 0 ? shared.count[bucket - 1] : 0;
             const uint64_t mass_before = bucket > 0 ? mass_through(bucket - 1) : 0;
             const uint64_t count = count_through - count_before;
-            const uint64_t bucket_high = interval.high - (static_cast<uint64_t>(bucket) << interval.shift);
-            const uint64_t bucket_low = bucket_high - (uint64_t{1} << interval.shift) + 1;
+            const uint64_t bucket_low = ((interval.high >> interval.shift) - static_cast<uint64_t>(bucket))
+                                        << interval.shift;
+            const uint64_t bucket_high = min(bucket_low + (uint64_t{1} << interval.shift) - 1, interval.high);
             const Interval inner{max(bucket_low, interval.low), bucket_high, max(interval.shift - DIGIT_BITS, 0),
                                  interval.count + count_before, interval.mass + mass_before};
             if (from_the_heaviest || count <= MOST_LISTED) {
@@ -524,9 +568,9 @@ struct Row {
     {
         const Params& params = shared.params;
         enum { TOTAL, TOP_K, TOP_P, DRAW };
-        const Interval all{bits_of(fmin(fmax(params.min_p, 0.0), 1.0)), ONE, FIRST_SHIFT, 0, 0};
+        const Interval all{bits_of(fmin(fmax(params.min_p, 0.0), 1.0)), ALL_HIGH, FIRST_SHIFT, 0, 0};
         temperature = params.temperature;
-        inverse_temperature = 1.0 / temperature;
+        steps_per_logit = STEPS_PER_NAT / temperature;
         ranks = params.top_k > 0 && params.top_k < vocab;
         uint64_t kept = 0;
         Place place{};
@@ -579,6 +623,10 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
         if (threadIdx.x < sizeof(Params) / 4) {
             const uint32_t word = load_cg_4(reinterpret_cast<const unsigned char*>(params) + 4 * threadIdx.x);
             memcpy(reinterpret_cast<unsigned char*>(&work.shared.params) + 4 * threadIdx.x, &word, 4);
+        }
+        else if (threadIdx.x >= 32 && threadIdx.x < 32 + STEPS) {
+            const int step = static_cast<int>(threadIdx.x) - 32;
+            work.shared.powers[step] = exp2(static_cast<double>(step) / STEPS);
         }
         __syncthreads();
         work.mass_of_one = mass_of_one;
