@@ -15,12 +15,10 @@ transports, where there are enough cores.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import provenance
 from bus_peers import bare, encoding, plan, plot, report
 from bus_peers.hosts import Host, HostFailed, HostGroup
 from bus_peers.peer import cores_apart, has_cpu_clocks
@@ -68,7 +67,7 @@ def main() -> None:
         "command": " ".join(["python", "bench/bus.py", *sys.argv[1:]]),
         "seconds": round(time.monotonic() - started, 1),
         "machine": machine(),
-        "versions": versions(),
+        "versions": provenance.versions(PACKAGES),
         "plan": asdict(budget),
         "pinned_with_readers": sorted(run.pinned),
         "titles": {name: entry.title for name, entry in peers.items()},
@@ -81,7 +80,7 @@ def main() -> None:
     output = RESULTS / f"bus-{arguments.label}.json"
     output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{result['seconds']:.0f} s; {output}")
-    title = f"{cpu_name()}, {cores} cores, {result['date'][:10]}"
+    title = f"{provenance.cpu_name()}, {cores} cores, {result['date'][:10]}"
     if not plot.draw(peers, run.rows, title, output.with_suffix(".svg")):
         print("no plot: matplotlib is not installed (`pip install matplotlib`)")
     if any(name.startswith(OURS) for name in troubles):
@@ -224,44 +223,14 @@ class Run:
         print(f"{name} with {num_readers} reader(s): {reason}", flush=True)
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if "zmqexec" not in found:
-        from zmqexec import __version__
-
-        found["zmqexec"] = __version__
-    root = Path(__file__).parents[1]
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, timeout=10, check=False
-    )
-    if described.returncode == 0:
-        found["commit"] = described.stdout.strip()
-    return found
-
-
 def machine() -> dict[str, Any]:
     return {
-        "cpu": cpu_name(),
+        "cpu": provenance.cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release().partition("-")[0],
         "cpu_times": "exact" if has_cpu_clocks() else "ticks",
         "load_at_end": round(os.getloadavg()[0], 2),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name with family and model, which tell the generation where the name does not."""
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name", platform.machine())
-    return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
 
 
 if __name__ == "__main__":
