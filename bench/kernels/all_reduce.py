@@ -2,7 +2,7 @@
 
     python bench/kernels/all_reduce.py [--check] [--measure] [--ranks 2] > result.json
 
-Starts one process per GPU, each of which joins as a worker does (`GpuCollectives`), and ends them after a minute each
+Starts one process per GPU, each of which joins as a worker does (`NcclCollectives`), and ends them after a minute each
 if they hang. Times are of CUDA graphs of 50 calls; each waits for all ranks, so a call's time is its latency. Beside
 ours: NCCL through cupy, and torch's symmetric memory without multicast. `check` and `measure` give rows, for scripts.
 """
@@ -107,14 +107,14 @@ class Ranked:
     def __init__(self, rank: int, mode: str, seconds: float, ranks: int, store_fd: int, group_fd: int) -> None:
         import torch
 
-        from zmqexec.worker.gpu_collectives import GpuCollectives
+        from zmqexec.worker.gpu.nccl import NcclCollectives
 
         self.torch = torch
         self.rank, self.ranks, self.mode, self.group_fd = rank, ranks, mode, group_fd
         self.started = time.monotonic()
         self.seconds = seconds
-        self.collectives = GpuCollectives(rank, ranks, store_fd, 5.0, join_timeout_s=30.0)
-        self.device = torch.device(GpuCollectives.device_type, rank)
+        self.collectives = NcclCollectives(rank, ranks, store_fd, 5.0, join_timeout_s=30.0)
+        self.device = torch.device(NcclCollectives.device_type, rank)
         self.report({"case": "start-up", "seconds": round(time.monotonic() - self.started, 2)})
 
     def run(self) -> None:

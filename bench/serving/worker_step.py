@@ -128,7 +128,6 @@ def make_runner(plan: Plan, rank: int, tp: int, store_fd: int) -> Any:
     timeout = {"timeout_s": COLLECTIVE_TIMEOUT_S, "join_timeout_s": COLLECTIVE_TIMEOUT_S}
     if load.device == "cuda":
         from zmqexec.worker.gpu.collectives import make_collectives
-
         from zmqexec.worker.gpu.device import CudaDevice
         from zmqexec.worker.gpu.runner import GpuRunner
 

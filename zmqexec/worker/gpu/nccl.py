@@ -21,7 +21,7 @@ import torch.distributed
 
 from zmqexec.errors import ConfigError
 from zmqexec.worker import kernels
-from zmqexec.worker.one_shot import OneShot
+from zmqexec.worker.gpu.one_shot import OneShot
 
 ONE_SHOT_BYTES = {2: 1 << 20, 3: 1 << 19, 4: 1 << 19}
 ONE_SHOT_BYTES_MANY_RANKS = 1 << 18
@@ -65,7 +65,7 @@ class OneShotUnusable(Exception):
     """Why all ranks use NCCL alone."""
 
 
-class GpuCollectives:
+class NcclCollectives:
     """The group of `tp_size` processes that call this with the same `store_fd`, a memfd that all of them inherited.
 
     Rank i uses the i-th visible GPU, which becomes the current device. All collectives run on torch's current stream

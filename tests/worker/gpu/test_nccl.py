@@ -1,4 +1,4 @@
-"""GpuCollectives without GPUs: the emulator's device memory, and an NCCL that shares memory in its place."""
+"""NcclCollectives without GPUs: the emulator's device memory, and an NCCL that shares memory in its place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests import cuda_emulator
 from zmqexec.errors import ConfigError
-from zmqexec.worker import gpu_collectives
+from zmqexec.worker.gpu import nccl
 
 DEADLINE_S = 60
 
@@ -21,7 +21,7 @@ PROLOGUE = """
 import ctypes, os, sys, time, types
 import torch
 from tests import cuda_emulator
-from zmqexec.worker import gpu_collectives, one_shot
+from zmqexec.worker.gpu import nccl, one_shot
 from zmqexec.worker.kernels import reference
 from zmqexec.worker.shared_memory import SharedMemoryCollectives
 
@@ -42,7 +42,7 @@ class Communicator:
         return torch.frombuffer(memory, dtype=dtype)
     def allReduce(self, given, out, count, dtype, operation, stream):
         assert (operation, stream) == (0, 7)
-        dtype = {number: dtype for dtype, number in gpu_collectives.NCCL_DTYPES.items()}[dtype]
+        dtype = {number: dtype for dtype, number in nccl.NCCL_DTYPES.items()}[dtype]
         self.tensor(out, count, dtype).copy_(self.group.all_reduce(self.tensor(given, count, dtype).clone()))
     def allGather(self, given, out, count, dtype, stream):
         gathered = self.group.all_gather(self.tensor(given, count, torch.uint8))
@@ -59,11 +59,11 @@ torch.cuda.device_count = lambda: tp_size
 torch.cuda.set_device = lambda device: None
 torch.cuda.synchronize = lambda: None
 torch.cuda.current_stream = lambda: types.SimpleNamespace(cuda_stream=7)
-gpu_collectives.GpuCollectives.device_type = "cpu"
-gpu_collectives.CHECK_SIZES = (1, 1000, 5000)
+nccl.NcclCollectives.device_type = "cpu"
+nccl.CHECK_SIZES = (1, 1000, 5000)
 
 def join(timeout_s=30.0):
-    return gpu_collectives.GpuCollectives(rank, tp_size, store_fd, timeout_s, join_timeout_s=30.0)
+    return nccl.NcclCollectives(rank, tp_size, store_fd, timeout_s, join_timeout_s=30.0)
 """
 
 
@@ -113,7 +113,7 @@ def compiler():
 
 
 CALLS = """
-    gpu_collectives.ONE_SHOT_BYTES = {tp_size: 1 << 14}
+    nccl.ONE_SHOT_BYTES = {tp_size: 1 << 14}
     group = join()
     assert (group.rank, group.tp_size, group.one_shot is None) == (rank, tp_size, not expects_one_shot), group.one_shot
     generator = torch.Generator()
@@ -201,7 +201,7 @@ def test_a_rank_that_stops_is_named_by_health_and_close_returns():
     module.emulator_options(0, 300, 1_000_000)
     for _ in range(3):
         group.all_reduce(torch.ones(8))
-    calls = 3 * len(gpu_collectives.CHECK_SIZES) + 3
+    calls = 3 * len(nccl.CHECK_SIZES) + 3
     if rank == 1:
         sys.stdin.readline()
         os._exit(0)
@@ -216,13 +216,13 @@ def test_a_rank_that_stops_is_named_by_health_and_close_returns():
 
 
 def test_close_does_not_wait_for_an_abort_that_hangs(monkeypatch):
-    monkeypatch.setattr(gpu_collectives, "CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(nccl, "CLOSE_TIMEOUT_S", 0.1)
 
     class Stuck:
         def abort(self):
             time.sleep(DEADLINE_S)
 
-    group = gpu_collectives.GpuCollectives.__new__(gpu_collectives.GpuCollectives)
+    group = nccl.NcclCollectives.__new__(nccl.NcclCollectives)
     group.one_shot, group._comm = None, Stuck()
     started = time.monotonic()
     group.close()
@@ -233,10 +233,10 @@ def test_close_does_not_wait_for_an_abort_that_hangs(monkeypatch):
 
 def test_joining_that_hangs_ends_at_the_deadline_and_its_errors_come_through():
     with pytest.raises(RuntimeError, match=r"did not meet within 0\.1 s"):
-        gpu_collectives._bounded(lambda: time.sleep(DEADLINE_S), 0.1, "the ranks did not meet")
+        nccl._bounded(lambda: time.sleep(DEADLINE_S), 0.1, "the ranks did not meet")
     with pytest.raises(ZeroDivisionError):
-        gpu_collectives._bounded(lambda: 1 / 0, 10.0, "")
-    assert gpu_collectives._bounded(lambda: 5, 10.0, "") == 5
+        nccl._bounded(lambda: 1 / 0, 10.0, "")
+    assert nccl._bounded(lambda: 5, 10.0, "") == 5
 
 
 def test_a_missing_cupy_is_a_setting_to_mend(monkeypatch):
@@ -246,11 +246,11 @@ def test_a_missing_cupy_is_a_setting_to_mend(monkeypatch):
     monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'zmqexec\[cuda12\]'"):
-        gpu_collectives._import_nccl()
+        nccl._import_nccl()
     assert os.environ["NCCL_NVLS_ENABLE"] == "0"
 
 
 def test_more_ranks_than_gpus_is_a_setting_to_mend(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match="tensor_parallel_size=2, but 1 GPUs are visible"):
-        gpu_collectives.GpuCollectives(0, 2, -1, 1.0, join_timeout_s=1.0)
+        nccl.NcclCollectives(0, 2, -1, 1.0, join_timeout_s=1.0)
