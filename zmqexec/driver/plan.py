@@ -133,10 +133,10 @@ def _check_for_gpu(plan: Plan) -> None:
         raise ConfigError(
             f"block_size={plan.config.block_size}: on a GPU it must be a multiple of {GPU_BLOCK_STEP}", "block_size"
         )
-    if plan.model.head_dim > MAX_GPU_HEAD_DIM or plan.model.head_dim % 8:
+    if plan.model.head_dim > MAX_GPU_HEAD_DIM:
         raise ConfigError(
-            f"the model's head_dim={plan.model.head_dim} is not supported on a GPU in {plan.dtype}: it must be a "
-            f"multiple of 8 and at most {MAX_GPU_HEAD_DIM}; use dtype='float32' or device='cpu'",
+            f"the model's head_dim={plan.model.head_dim} is not supported on a GPU in {plan.dtype}: it must be at most "
+            f"{MAX_GPU_HEAD_DIM}; use dtype='float32' or device='cpu'",
             "device",
         )
 

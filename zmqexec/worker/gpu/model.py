@@ -15,6 +15,7 @@ from zmqexec.model_config import ModelConfig, Sharding
 from zmqexec.worker.gpu.attention import Contexts, attend_prefills
 from zmqexec.worker.gpu.collectives import GpuCollectives
 from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places, wide_logits
+from zmqexec.worker.gpu.pad_heads import pad_angles
 from zmqexec.worker.kernels.skinny_gemm import supported
 from zmqexec.worker.models.layers import RotaryAngles
 from zmqexec.worker.models.weights import LayerWeights, LlamaWeights
@@ -34,10 +35,12 @@ class GpuLlama:
         max_model_len: int,
         ops: Ops,
         decode_attention: DecodeAttention,
+        head_dim: int,
     ) -> None:
+        """`head_dim` is that of the weights, which may have been padded."""
         self._config = config
         self._eps = config.rms_norm_eps
-        self._head_dim = config.head_dim
+        self._head_dim = head_dim
         self._num_heads = len(sharding.heads)
         self._num_kv_heads = len(sharding.kv_heads)
         self._scale = config.head_dim**-0.5
@@ -50,14 +53,17 @@ class GpuLlama:
         # An output token's angles depend on its position alone, whatever the rope.
         positions = torch.arange(max_model_len)
         cos, sin = self._rotary.at(positions, torch.zeros_like(positions))
-        self.cos, self.sin = (table.to(weights.norm.device) for table in (cos, sin))
+        self.cos, self.sin = (self._angles(table) for table in (cos, sin))
 
     def angles(self, positions: torch.Tensor, num_prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Angles [num_tokens, head_dim / 2] of prompt tokens, where they depend on more than the position."""
         if self._config.rope.rope_type != "dynamic":
             return None
         cos, sin = self._rotary.at(positions, num_prompt)
-        return cos.to(self.cos.device), sin.to(self.cos.device)
+        return self._angles(cos), self._angles(sin)
+
+    def _angles(self, table: torch.Tensor) -> torch.Tensor:
+        return pad_angles(table, self._head_dim).to(self._weights.norm.device)
 
     def forward(
         self, token_ids: torch.Tensor, places: Places, cache: list[torch.Tensor], contexts: Contexts | None

@@ -34,6 +34,7 @@ from zmqexec.worker.gpu.host_sampling import HostCollectives, HostLogits
 from zmqexec.worker.gpu.memory import free_bytes_for_cache, out_of_memory
 from zmqexec.worker.gpu.model import GpuLlama
 from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places
+from zmqexec.worker.gpu.pad_heads import pad_weights, padded_head_dim
 from zmqexec.worker.gpu.sampler import DeviceSampler
 from zmqexec.worker.gpu.staging import Staging
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
@@ -92,6 +93,8 @@ class GpuRunner:
         self._on_phase = on_phase
         self._config = load_model_config(Path(load.model_dir))
         check_tensor_parallel(self._config, collectives.tp_size)
+        is_half = self._dtype != torch.float32
+        self._head_dim = padded_head_dim(self._config.head_dim) if is_half else self._config.head_dim
         self._sharding = Sharding(self._config, collectives.rank, collectives.tp_size)
         self._ops = Ops(device)
         self._host_sampler = Sampler(
@@ -128,6 +131,8 @@ class GpuRunner:
                 on_progress,
                 device.torch_device,
             )
+            if self._head_dim != config.head_dim:
+                weights = pad_weights(weights, config.head_dim, self._head_dim)
             self._make_state()
             self._model = GpuLlama(
                 config,
@@ -137,8 +142,11 @@ class GpuRunner:
                 self._load.max_model_len,
                 self._ops,
                 self._decode_attention,
+                self._head_dim,
             )
-            return free_bytes_for_cache(device, self._load.config, self._measure)
+            free_bytes = free_bytes_for_cache(device, self._load.config, self._measure)
+            # The driver counts blocks of heads that are not padded.
+            return free_bytes * config.head_dim // self._head_dim
 
     def _make_state(self) -> None:
         engine, device, sharding = self._load.config, self._device, self._sharding
@@ -151,7 +159,7 @@ class GpuRunner:
         self._staging = Staging(step_ints(max_rows, max_rows), engine.run_ahead, pinned=device.is_cuda)
         self._results = Staging(max_rows, engine.run_ahead, pinned=device.is_cuda)
         self._decode_attention = DecodeAttention(
-            device, self._dtype, self._state, len(sharding.heads), len(sharding.kv_heads), self._config.head_dim
+            device, self._dtype, self._state, len(sharding.heads), len(sharding.kv_heads), self._head_dim
         )
         self._sampler = DeviceSampler(
             self._config.vocab_size, sharding.vocab.start, self._collectives, self._ops, max_rows, device
@@ -169,7 +177,7 @@ class GpuRunner:
         zeros = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         places = Places(torch.full_like(zeros, -1), zeros, self._model.cos, self._model.sin)
         sums = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device)
-        shape = (1, 2, len(self._sharding.kv_heads), engine.block_size, self._config.head_dim)
+        shape = (1, 2, len(self._sharding.kv_heads), engine.block_size, self._head_dim)
         cache = [torch.empty(shape, dtype=self._dtype, device=device)] * self._config.num_layers
         hidden = self._model.forward(zeros, places, cache, Contexts(num_tokens, lens, lens, sums, sums, None, None))
         self._model.logits(hidden[: engine.max_num_seqs])
@@ -178,7 +186,7 @@ class GpuRunner:
         """Allocate a KV cache of `num_blocks` blocks and capture the graphs. `ConfigError`: out of memory."""
         assert self._model is not None
         engine, config, device = self._load.config, self._config, self._device
-        shape = (num_blocks, 2, len(self._sharding.kv_heads), engine.block_size, config.head_dim)
+        shape = (num_blocks, 2, len(self._sharding.kv_heads), engine.block_size, self._head_dim)
         with torch.inference_mode():
             with out_of_memory(device, f"allocating a KV cache of {num_blocks} blocks"):
                 self._cache = [
