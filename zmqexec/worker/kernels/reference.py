@@ -84,3 +84,44 @@ def _prefill_tile(
     length = first_position + num_tokens
     mask = torch.ones((num_tokens, length), dtype=torch.bool).tril(first_position)
     return scaled_dot_product_attention(query, keys[:, :, :length], values[:, :, :length], attn_mask=mask, scale=scale)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    row_slots: torch.Tensor | None = None,
+    query_starts: torch.Tensor | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Row by row in float32 (shapes: paged_attention.py); the rows of `out` that no row of the batch has are 0."""
+    num_heads = query.shape[1]
+    num_kv_heads, block_size = cache.shape[2:4]
+    out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    for row, context_len in enumerate(context_lens.tolist()):
+        begin, end = (row, row + 1) if query_starts is None else query_starts[row : row + 2].tolist()
+        if context_len == 0 or begin == end:
+            continue
+        positions = torch.arange(context_len - (end - begin), context_len, device=query.device).unsqueeze(1)
+        first_seen = max(0, context_len - (end - begin) + 1 - window) if window > 0 else 0
+        tokens = torch.arange(first_seen, context_len, device=query.device)
+        slot = row if row_slots is None else int(row_slots[row])
+        blocks = block_tables[slot].long()[tokens // block_size]
+        kv = cache[blocks, :, :, tokens % block_size].float()  # [tokens, 2, num_kv_heads, head_dim]
+        kv = kv.repeat_interleave(num_heads // num_kv_heads, dim=2)
+        logits = torch.einsum("qhd,khd->hqk", query[begin:end].float(), kv[:, 0]) * scale
+        if softcap > 0:
+            logits = softcap * torch.tanh(logits / softcap)
+        if alibi_slopes is not None:
+            logits = logits + alibi_slopes.float().view(-1, 1, 1) * (tokens - positions)
+        hidden = tokens > positions
+        if window > 0:
+            hidden = hidden | (tokens <= positions - window)
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", weights, kv[:, 1])
+    return out

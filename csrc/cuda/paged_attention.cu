@@ -1,0 +1,566 @@
+// Attention of few new tokens per sequence over its paged KV cache: decode, speculative tokens, short extensions.
+//
+// The query rows of one KV head (query tokens · group) are the 16 rows of mma.m16n8k16, the context its columns, in
+// tiles of 16 tokens. Tile t of a block's part is warp t % WARPS's. Each warp copies its tiles to a ring of SLOTS
+// half-tiles (keys, values, keys, ...) of its own, so that no barrier stands in the main loop, and keeps the softmax of
+// what it has seen (Milakov and Gimelshein 2018, arXiv:1805.02867); the warps merge through shared memory, the parts of
+// a split item through global memory (attention_plan.cuh).
+#include <initializer_list>
+
+#include "attention_plan.cuh"
+#include "launch.h"
+
+namespace zmqexec {
+namespace {
+
+constexpr float NEVER = -1e30f;  // a hidden logit: finite, so that no difference of two is NaN
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr unsigned ALL = 0xffffffffu;
+
+struct AttentionArguments {
+    void* out;
+    const void* q;
+    const void* cache;
+    const int32_t* block_tables;
+    const float* alibi_slopes;  // or null
+    const PlanBlock* blocks;
+    const PlanRow* rows;
+    uint32_t* tickets;
+    float* partials;
+    int64_t q_stride;  // elements
+    int table_stride, num_kv_heads, group, tiles_per_block, window;
+    int partial_rows;       // query rows that a partial result has memory for
+    float scale_log2;       // logits are in units of log2, for exp2
+    float cap_in, cap_out;  // soft cap: logit -> cap_out · tanh(logit · cap_in / 2 log2 e); cap_out 0: none
+};
+
+// 16 rows of HEAD_DIM elements in shared memory, such that the 8 rows of a ldmatrix lie in different banks: 16-byte
+// chunks are permuted within 128 bytes where a row is a multiple of that, otherwise a row has an odd number of chunks.
+template <int HEAD_DIM>
+struct TileLayout {
+    static constexpr int CHUNKS = HEAD_DIM / 8;
+    static constexpr bool PERMUTED = CHUNKS % 8 == 0;
+    static constexpr int ROW_BYTES = 16 * (PERMUTED ? CHUNKS : CHUNKS | 1);
+    static constexpr int BYTES = 16 * ROW_BYTES;
+    static constexpr int GLOBAL_BYTES = 16 * HEAD_DIM * 2;
+
+    static __device__ __forceinline__ int offset(int row, int chunk)
+    {
+        return row * ROW_BYTES + 16 * (PERMUTED ? chunk ^ (row & 7) : chunk);
+    }
+    // From the place of (row, chunk) in some tile, chunk 0 or 1, that of (row, chunk + 2 · pairs): one instruction from
+    // one register, while a register for each of them would be too many.
+    static __device__ __forceinline__ int right(int place, int pairs)
+    {
+        return PERMUTED ? place ^ (32 * pairs) : place + 32 * pairs;
+    }
+    // The place of the 16-byte chunk 32 · i + lane in memory's order, from that of chunk `lane`, `first`.
+    static __device__ __forceinline__ int copied_to(int first, int i, int lane)
+    {
+        constexpr int ROWS = 32 / CHUNKS;  // that 32 chunks fill
+        if (PERMUTED) return (first ^ (16 * (i * ROWS & 7))) + i * ROWS * ROW_BYTES;
+        const int chunk = 32 * i + lane;
+        return first + offset(chunk / CHUNKS, chunk % CHUNKS) - offset(lane / CHUNKS, lane % CHUNKS);
+    }
+};
+
+template <int HEAD_DIM, int WARPS, int SLOTS>
+constexpr int SHARED_BYTES = WARPS * SLOTS * TileLayout<HEAD_DIM>::BYTES;
+
+struct Part {
+    int head, first_query_row;  // of the row's query_len · group
+    int first_tile, end_tile;   // of the context
+    int number, count;          // this one of the item's parts
+    int ticket;
+    int partial_base, partial_step;  // where part n leaves its result: see partial_slot
+};
+
+// Each block has a slot for a part that goes on with an item, then one for a part that begins it. With fixed splits the
+// item's slots follow each other.
+__device__ __forceinline__ int partial_slot(const Part& part, int number)
+{
+    return part.partial_base + part.partial_step * number + (number == 0 ? part.partial_step - 1 : 0);
+}
+
+template <class T, int HEAD_DIM, int WARPS, int SLOTS>
+__device__ __forceinline__ void attend(const AttentionArguments& a, const PlanRow& row, const Part& part,
+                                       unsigned char* shared)
+{
+    using Layout = TileLayout<HEAD_DIM>;
+    constexpr int CHUNKS = Layout::CHUNKS, K_STEPS = HEAD_DIM / 16, COLUMNS = HEAD_DIM / 8;
+    constexpr int O_STRIDE = HEAD_DIM + 8;  // floats; 8 rows of 4 float2 lie in different banks
+    static_assert(4 * (32 + 16 * O_STRIDE) <= SLOTS * Layout::BYTES, "a warp's result takes the place of its ring");
+    static_assert(SLOTS >= 3, "queries lie in the last slot while keys and values of the first tile come");
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int own_ring = warp * SLOTS * Layout::BYTES;
+
+    const int first_position = row.context_len - row.query_len;
+    const int num_rows = min(16, row.query_len * a.group - part.first_query_row);
+    auto token_of = [&](int r) { return row.query_len == 1 ? 0 : (part.first_query_row + r) / a.group; };
+    auto head_of = [&](int r, int token) {
+        return part.head * a.group + part.first_query_row + r - token * a.group;
+    };
+    const int lowest = first_position + token_of(0), highest = first_position + token_of(num_rows - 1);
+    // No query row sees a tile outside these.
+    const int begin = max(part.first_tile, a.window > 0 ? max(0, lowest - a.window + 1) / 16 : 0);
+    const int end = min(part.end_tile, highest / 16 + 1);
+    const int own_begin = begin + warp;
+
+    // Block numbers ahead of their use: a lane knows one tile of the warp's next 32. Counted in tiles of a cache.
+    const int32_t* table = a.block_tables + static_cast<int64_t>(row.slot) * a.table_stride;
+    auto look_up = [&](int first) {
+        const int tile = first + WARPS * lane;
+        if (tile >= end) return 0;
+        if (a.tiles_per_block == 1) return 2 * a.num_kv_heads * static_cast<int>(load_cg_4(table + tile));
+        const int entry = tile / a.tiles_per_block;
+        return (2 * a.num_kv_heads * static_cast<int>(load_cg_4(table + entry)) - entry) * a.tiles_per_block + tile;
+    };
+    int places = look_up(own_begin), next_places = 0;
+
+    // Query rows go to the last slot.
+    const int own_chunk = Layout::offset(lane / CHUNKS, lane % CHUNKS);
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 2; i++) {
+        const int chunk = 32 * i + lane, r = chunk / CHUNKS, column = chunk % CHUNKS;
+        const T* from = static_cast<const T*>(a.q);
+        if (r < num_rows) {
+            const int token = token_of(r);
+            from += (row.query_start + token) * a.q_stride + head_of(r, token) * HEAD_DIM + 8 * column;
+        }
+        const int to = Layout::copied_to(own_ring + (SLOTS - 1) * Layout::BYTES + own_chunk, i, lane);
+        cp_async_16(shared + to, from, r < num_rows);
+    }
+    cp_async_commit();
+
+    // Copies the keys or values of the warp's tile `index` to a slot. Keys first, then values, tile after tile.
+    const unsigned char* source = nullptr;
+    const int64_t to_values = static_cast<int64_t>(a.num_kv_heads) * a.tiles_per_block * Layout::GLOBAL_BYTES;
+    auto copy = [&](bool values, int index, int slot) {
+        const int tile = own_begin + WARPS * index;
+        if (!values) {
+            if (index % 32 == 0) {
+                if (index > 0) places = next_places;
+                next_places = look_up(own_begin + WARPS * (index + 32));
+            }
+            const int64_t place = __shfl_sync(ALL, places, index % 32) + part.head * a.tiles_per_block;
+            source = static_cast<const unsigned char*>(a.cache) + place * Layout::GLOBAL_BYTES + 16 * lane;
+        }
+        if (tile < end) {
+            const unsigned char* from = values ? source + to_values : source;
+            // Past the context lies another sequence's, or was never written: a NaN value times 0 would be NaN.
+            const int valid = (row.context_len - 16 * tile) * CHUNKS;
+#pragma unroll
+            for (int i = 0; i < CHUNKS / 2; i++) {
+                const int to = Layout::copied_to(own_ring + slot + own_chunk, i, lane);
+                cp_async_16(shared + to, from + 512 * i, 32 * i + lane < valid);
+            }
+        }
+        cp_async_commit();  // also an empty group: they are counted
+    };
+#pragma unroll
+    for (int n = 0; n < SLOTS - 1; n++) copy(n % 2 != 0, n / 2, n * Layout::BYTES);
+
+    // Rows 0..7 then 8..15 of the left chunk, then of the right one: what mma wants of queries, and (transposed) values.
+    const int down_then_right = Layout::offset(lane % 16, lane / 16);
+    const int right_then_down = Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);  // of keys
+    uint32_t queries[K_STEPS][4];
+    cp_async_wait<SLOTS - 1>();
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k++)
+        ldmatrix_x4(queries[k], shared + Layout::right(own_ring + (SLOTS - 1) * Layout::BYTES + down_then_right, k));
+    __syncwarp();
+    copy((SLOTS - 1) % 2 != 0, (SLOTS - 1) / 2, (SLOTS - 1) * Layout::BYTES);
+
+    // This lane's logits are of query rows lane / 4 and 8 more, tokens 2 · (lane % 4), + 1, + 8, + 9.
+    int last_seen[2], last_hidden[2];  // a query sees the tokens in (last_hidden, last_seen]
+    float slopes[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = lane / 4 + 8 * half, token = token_of(r);
+        last_seen[half] = first_position + token;
+        last_hidden[half] = a.window > 0 ? last_seen[half] - a.window : -1;
+        if (a.alibi_slopes != nullptr && r < num_rows) slopes[half] = LOG2_E * __ldg(a.alibi_slopes + head_of(r, token));
+    }
+    float out[COLUMNS][4], top[2] = {NEVER, NEVER}, sums[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) out[c][0] = out[c][1] = out[c][2] = out[c][3] = 0.0f;
+
+    int slot = 0;
+    auto next_slot = [&]() { slot = slot == (SLOTS - 1) * Layout::BYTES ? 0 : slot + Layout::BYTES; };
+    for (int index = 0; own_begin + WARPS * index < end; index++) {
+        const int first_token = 16 * (own_begin + WARPS * index);
+        cp_async_wait<SLOTS - 1>();
+        __syncwarp();
+        // Two sums each, over even and over odd steps: half the latency.
+        float logits[2][4] = {}, odd[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k++) {
+            uint32_t keys[4];
+            ldmatrix_x4(keys, shared + Layout::right(own_ring + slot + right_then_down, k));
+            mma_m16n8k16<T>(k % 2 == 0 ? logits[0] : odd[0], queries[k], keys[0], keys[1]);
+            mma_m16n8k16<T>(k % 2 == 0 ? logits[1] : odd[1], queries[k], keys[2], keys[3]);
+        }
+        __syncwarp();
+        copy(SLOTS % 2 != 0, index + SLOTS / 2, slot);
+        next_slot();
+
+#pragma unroll
+        for (int i = 0; i < 8; i++) logits[i / 4][i % 4] = (logits[i / 4][i % 4] + odd[i / 4][i % 4]) * a.scale_log2;
+        if (a.cap_out != 0.0f) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                // tanh x = 1 - 2 / (1 + exp 2x): the cap multiplies its error, and tanh.approx's is 2^-11.
+                float& logit = logits[i / 4][i % 4];
+                logit = a.cap_out - __fdividef(2.0f * a.cap_out, 1.0f + exp2_approx(logit * a.cap_in));
+            }
+        }
+        auto token_at = [&](int i) { return first_token + i / 4 * 8 + 2 * (lane % 4) + i % 2; };
+        if (a.alibi_slopes != nullptr) {
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                logits[i / 4][i % 4] += slopes[i / 2 % 2] * static_cast<float>(token_at(i) - last_seen[i / 2 % 2]);
+        }
+        if (first_token + 15 > lowest || (a.window > 0 && first_token <= highest - a.window)) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int token = token_at(i);
+                if (token > last_seen[i / 2 % 2] || token <= last_hidden[i / 2 % 2]) logits[i / 4][i % 4] = NEVER;
+            }
+        }
+
+        bool rises = false;
+        float shrink[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float highest_logit = fmaxf(fmaxf(logits[0][2 * half], logits[0][2 * half + 1]),
+                                        fmaxf(logits[1][2 * half], logits[1][2 * half + 1]));
+            highest_logit = fmaxf(highest_logit, __shfl_xor_sync(ALL, highest_logit, 1));
+            highest_logit = fmaxf(highest_logit, __shfl_xor_sync(ALL, highest_logit, 2));
+            rises = rises || highest_logit > top[half];
+            highest_logit = fmaxf(highest_logit, top[half]);
+            shrink[half] = exp2_approx(top[half] - highest_logit);
+            top[half] = highest_logit;
+        }
+        if (__any_sync(ALL, rises)) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                sums[half] *= shrink[half];
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++) {
+                    out[c][2 * half] *= shrink[half];
+                    out[c][2 * half + 1] *= shrink[half];
+                }
+            }
+        }
+        // A row whose every logit so far is hidden gets weights of 1 here; the first logit it sees shrinks them to 0.
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float& weight = logits[i / 4][i % 4];
+            weight = exp2_approx(weight - top[i / 2 % 2]);
+            sums[i / 2 % 2] += weight;
+        }
+        const uint32_t weights[4] = {pack2<T>(logits[0][0], logits[0][1]), pack2<T>(logits[0][2], logits[0][3]),
+                                     pack2<T>(logits[1][0], logits[1][1]), pack2<T>(logits[1][2], logits[1][3])};
+
+        cp_async_wait<SLOTS - 1>();
+        __syncwarp();
+#pragma unroll
+        for (int c = 0; c < COLUMNS / 2; c++) {
+            uint32_t values[4];
+            ldmatrix_x4_trans(values, shared + Layout::right(own_ring + slot + down_then_right, c));
+            mma_m16n8k16<T>(out[2 * c], weights, values[0], values[1]);
+            mma_m16n8k16<T>(out[2 * c + 1], weights, values[2], values[3]);
+        }
+        __syncwarp();
+        copy(SLOTS % 2 == 0, index + (SLOTS + 1) / 2, slot);
+        next_slot();
+    }
+    cp_async_wait<0>();
+
+    // The warps' results, each in place of its ring: 16 tops, 16 sums, 16 rows.
+    float* own = reinterpret_cast<float*>(shared + own_ring);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = lane / 4 + 8 * half;
+        sums[half] += __shfl_xor_sync(ALL, sums[half], 1);
+        sums[half] += __shfl_xor_sync(ALL, sums[half], 2);
+        if (r < num_rows) {
+            if (lane % 4 == 0) {
+                own[r] = top[half];
+                own[16 + r] = sums[half];
+            }
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++)
+                *reinterpret_cast<float2*>(own + 32 + r * O_STRIDE + 8 * c + 2 * (lane % 4)) =
+                    make_float2(out[c][2 * half], out[c][2 * half + 1]);
+        }
+    }
+    __syncthreads();
+
+    auto add_scaled = [](float4& to, float factor, const float4& from) {
+        to.x += factor * from.x;
+        to.y += factor * from.y;
+        to.z += factor * from.z;
+        to.w += factor * from.w;
+    };
+    auto write = [&](int r, int column, const float4& weighted, float sum) {
+        const float factor = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
+        const int token = token_of(r);
+        const int64_t out_row = static_cast<int64_t>(row.query_start + token) * a.num_kv_heads * a.group;
+        T* to = static_cast<T*>(a.out) + (out_row + head_of(r, token)) * HEAD_DIM + column;
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(weighted.x * factor, weighted.y * factor),
+                                                   pack2<T>(weighted.z * factor, weighted.w * factor));
+    };
+    constexpr int PARTIAL_STRIDE = HEAD_DIM + 4;  // floats: a row's weighted sum, top, sum, nothing
+    auto partial_row = [&](int number, int r) {
+        const int64_t at = static_cast<int64_t>(partial_slot(part, number)) * a.partial_rows + r;
+        return a.partials + at * PARTIAL_STRIDE;
+    };
+    const int num_vectors = num_rows * (HEAD_DIM / 4);
+    for (int i = threadIdx.x; i < num_vectors; i += 32 * WARPS) {
+        const int r = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+        float highest_top = NEVER, sum = 0.0f;
+        float4 weighted = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        auto of_warp = [&](int w) { return reinterpret_cast<const float*>(shared + w * SLOTS * Layout::BYTES); };
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) highest_top = fmaxf(highest_top, of_warp(w)[r]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float factor = exp2_approx(of_warp(w)[r] - highest_top);
+            sum += factor * of_warp(w)[16 + r];
+            add_scaled(weighted, factor, *reinterpret_cast<const float4*>(of_warp(w) + 32 + r * O_STRIDE + column));
+        }
+        if (part.count == 1) {
+            write(r, column, weighted, sum);
+        }
+        else {
+            float* to = partial_row(part.number, r);
+            *reinterpret_cast<float4*>(to + column) = weighted;
+            if (column == 0) *reinterpret_cast<float2*>(to + HEAD_DIM) = make_float2(highest_top, sum);
+        }
+    }
+    if (part.count == 1) return;
+
+    __threadfence();
+    __syncthreads();
+    volatile unsigned* is_last = reinterpret_cast<volatile unsigned*>(shared);  // what lay here has been read
+    if (threadIdx.x == 0) {
+        const bool last = atomicAdd(a.tickets + part.ticket, 1u) == static_cast<unsigned>(part.count) - 1;
+        if (last) a.tickets[part.ticket] = 0;  // for the next layer
+        *is_last = last;
+    }
+    __syncthreads();
+    if (*is_last == 0) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < num_vectors; i += 32 * WARPS) {
+        const int r = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+        float highest_top = NEVER, sum = 0.0f;
+        float4 weighted = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (int number = 0; number < part.count; number++) {
+            const float* from = partial_row(number, r);
+            const float4 values = __ldcg(reinterpret_cast<const float4*>(from + column));
+            const float2 top_and_sum = __ldcg(reinterpret_cast<const float2*>(from + HEAD_DIM));
+            const float next_top = fmaxf(highest_top, top_and_sum.x);
+            const float before = exp2_approx(highest_top - next_top), factor = exp2_approx(top_and_sum.x - next_top);
+            highest_top = next_top;
+            sum = before * sum + factor * top_and_sum.y;
+            weighted = make_float4(before * weighted.x, before * weighted.y, before * weighted.z, before * weighted.w);
+            add_scaled(weighted, factor, values);
+        }
+        write(r, column, weighted, sum);
+    }
+}
+
+template <class T, int HEAD_DIM, int WARPS, int SLOTS>
+__global__ void __launch_bounds__(32 * WARPS) paged_attention_kernel(const AttentionArguments a)
+{
+    SHARED_MEMORY(shared);
+    pdl_wait();
+    pdl_launch_dependents();
+    const PlanBlock plan = load_record(a.blocks + blockIdx.x);
+    if (plan.row >= plan.num_rows) return;
+    const PlanCuts cuts = {plan.chunk, plan.cost, plan.min_head, plan.min_tail};
+    const int block_end = (blockIdx.x + 1) * plan.chunk;
+    PlanRow row = plan.first;
+    int row_number = plan.row, item = plan.item, begin = plan.begin;
+    for (bool first = true;;) {
+        const int row_tiles = ceil_div(row.query_len * a.group, 16);
+        const int start = row.start + item * row.stride;
+        const int end = cut_tile(block_end - start, row.num_tiles, cuts);
+        while (begin < end) {
+            if (!first) __syncthreads();  // the results of the previous part have been read
+            first = false;
+            Part part;
+            part.head = row_tiles == 1 ? item : item / row_tiles;
+            part.first_query_row = 16 * (item - part.head * row_tiles);
+            int part_end = end;
+            if (row.fixed_tiles > 0) {
+                part_end = min(end, begin + row.fixed_tiles);
+                part.number = begin / row.fixed_tiles;
+                part.count = ceil_div(row.num_tiles, row.fixed_tiles);
+                part.ticket = row.first_ticket + item;
+                part.partial_base = row.first_partial + item * part.count;
+                part.partial_step = 1;
+            }
+            else if (begin == 0 && end == row.num_tiles) {
+                part.number = 0;
+                part.count = 1;
+                part.ticket = part.partial_base = part.partial_step = 0;
+            }
+            else {
+                // The cuts inside the item: cut b divides blocks b - 1 and b.
+                const int first_cut = ceil_div(start + cuts.cost + cuts.min_head, cuts.chunk);
+                const int last_cut = (start + cuts.cost + row.num_tiles - cuts.min_tail) / cuts.chunk;
+                part.number = static_cast<int>(blockIdx.x) - (first_cut - 1);
+                part.count = last_cut - first_cut + 2;
+                part.ticket = first_cut - 1;
+                part.partial_base = 2 * (first_cut - 1);
+                part.partial_step = 2;
+            }
+            part.first_tile = row.first_tile + begin;
+            part.end_tile = row.first_tile + part_end;
+            attend<T, HEAD_DIM, WARPS, SLOTS>(a, row, part, shared);
+            begin = part_end;
+        }
+        if (end < row.num_tiles) return;
+        begin = 0;
+        if (++item == a.num_kv_heads * row_tiles) {
+            item = 0;
+            if (++row_number == plan.num_rows) return;
+            row = load_record(a.rows + row_number);
+        }
+    }
+}
+
+// A kernel and how many of its blocks an SM is given: the successor's blocks shall fit beside them, so all of them
+// together use at most 100 KB of shared memory.
+struct Variant {
+    int head_dim, warps, slots, blocks_per_sm;
+    int shared_bytes;
+    void (*kernels[2])(AttentionArguments);  // bfloat16, float16
+};
+
+template <int HEAD_DIM, int WARPS, int SLOTS>
+Variant variant_of(int blocks_per_sm)
+{
+    return {HEAD_DIM, WARPS, SLOTS, blocks_per_sm, SHARED_BYTES<HEAD_DIM, WARPS, SLOTS>,
+            {paged_attention_kernel<bf16, HEAD_DIM, WARPS, SLOTS>, paged_attention_kernel<fp16, HEAD_DIM, WARPS, SLOTS>}};
+}
+
+// The first of a head dim is number 0, the default.
+const Variant& find_variant(int head_dim, int number)
+{
+    static const Variant variants[] = {
+        variant_of<64, 4, 4>(3),  variant_of<80, 4, 4>(2), variant_of<96, 4, 3>(2),  variant_of<128, 4, 3>(2),
+        variant_of<128, 4, 6>(1), variant_of<128, 8, 3>(1), variant_of<256, 4, 3>(1),
+    };
+    for (const Variant& variant : variants)
+        if (variant.head_dim == head_dim && number-- == 0) return variant;
+    throw BadArgument("no kernel for this head_dim and variant; head_dim is one of 64, 80, 96, 128, 256");
+}
+
+const char* attention_grid(int head_dim, int variant, std::vector<int64_t>& result)
+{
+    check_argument(variant >= 0, "variant must not be negative");
+    const Variant& found = find_variant(head_dim, variant);
+    result = {found.blocks_per_sm, found.warps, found.slots, found.shared_bytes};
+    return nullptr;
+}
+BINDING(attention_grid,
+        "attention_grid(head_dim, variant)\n\n"
+        "(blocks per SM, warps per block, slots per warp, shared bytes per block) of a variant of paged_attention. The\n"
+        "num_blocks of attention_plan and paged_attention is the first times the number of SMs. Variant 0 is the\n"
+        "default; the others are there to be measured.");
+
+// Of queries that share a KV head.
+int partial_rows_of(int group, int max_query_len)
+{
+    return static_cast<int>(std::min<int64_t>(16, static_cast<int64_t>(group) * max_query_len));
+}
+
+const char* attention_workspace_bytes(int num_blocks, int max_rows, int num_kv_heads, int group, int head_dim,
+                                      int max_query_len, int max_context_len, int fixed_split_tokens,
+                                      std::vector<int64_t>& result)
+{
+    check_argument(max_rows >= 0 && max_rows <= ATTENTION_MAX_ROWS, "max_rows must be from 0 to 1024");
+    check_argument(num_blocks > 0 && num_kv_heads > 0 && group > 0 && head_dim > 0 && max_query_len > 0 &&
+                       max_context_len > 0 && fixed_split_tokens >= 0,
+                   "sizes must be positive");
+    const int64_t items = int64_t{max_rows} * num_kv_heads * ((int64_t{group} * max_query_len + 15) / 16);
+    const int64_t splits = fixed_split_tokens > 0 ? (max_context_len - 1) / fixed_split_tokens + 1 : 1;
+    const int64_t tickets = fixed_split_tokens > 0 ? items : num_blocks;
+    const int64_t partials = fixed_split_tokens == 0 ? 2 * int64_t{num_blocks} : splits > 1 ? items * splits : 0;
+    const int64_t partial_bytes = partials * partial_rows_of(group, max_query_len) * (head_dim + 4) * int64_t{4};
+    result = {static_cast<int64_t>(num_blocks * sizeof(PlanBlock) + max_rows * sizeof(PlanRow)), 4 * tickets,
+              partial_bytes};
+    return nullptr;
+}
+BINDING(attention_workspace_bytes,
+        "attention_workspace_bytes(num_blocks, max_rows, num_kv_heads, group, head_dim, max_query_len,\n"
+        "                          max_context_len, fixed_split_tokens)\n\n"
+        "Bytes of (plan, tickets, partials), which attention_plan and paged_attention want 16-aligned.");
+
+const char* paged_attention(void* out, const void* q, const void* cache, const void* block_tables,
+                            const void* alibi_slopes, const void* plan, void* tickets, void* partials,
+                            int64_t q_stride, int table_stride, int num_kv_heads, int group, int head_dim,
+                            int block_size, int window, float scale, float softcap, int max_query_len, int num_blocks,
+                            int variant, Dtype dtype, Stream stream, bool pdl)
+{
+    check_argument(dtype != Dtype::float32, "dtype must be bfloat16 or float16");
+    check_argument(block_size > 0 && block_size % 16 == 0, "block_size must be a multiple of 16");
+    check_argument(num_kv_heads > 0 && group > 0 && num_blocks > 0, "num_kv_heads, group, num_blocks must be positive");
+    check_argument(window >= 0 && softcap >= 0.0f, "window and softcap must not be negative (0: none)");
+    check_argument(max_query_len > 0, "max_query_len must be positive");
+    check_argument(q_stride % 8 == 0, "q_stride must be a multiple of 8 elements");
+    check_argument(variant >= 0, "variant must not be negative");
+    for (const void* pointer : std::initializer_list<const void*>{out, q, cache, plan, partials})
+        check_argument(is_aligned_16(pointer), "out, q, cache, plan and partials must be 16-aligned");
+    const Variant& chosen = find_variant(head_dim, variant);
+    AttentionArguments a = {};
+    a.out = out;
+    a.q = q;
+    a.cache = cache;
+    a.block_tables = static_cast<const int32_t*>(block_tables);
+    a.alibi_slopes = static_cast<const float*>(alibi_slopes);
+    a.blocks = static_cast<const PlanBlock*>(plan);
+    a.rows = reinterpret_cast<const PlanRow*>(a.blocks + num_blocks);
+    a.tickets = static_cast<uint32_t*>(tickets);
+    a.partials = static_cast<float*>(partials);
+    a.q_stride = q_stride;
+    a.table_stride = table_stride;
+    a.num_kv_heads = num_kv_heads;
+    a.group = group;
+    a.tiles_per_block = block_size / ATTENTION_TILE;
+    a.window = window;
+    a.partial_rows = partial_rows_of(group, max_query_len);
+    a.scale_log2 = scale * LOG2_E;
+    if (softcap > 0.0f) {
+        a.scale_log2 = scale;  // the cap changes to units of log2
+        a.cap_in = 2.0f * LOG2_E / softcap;
+        a.cap_out = softcap * LOG2_E;
+    }
+    return launch(chosen.kernels[dtype == Dtype::float16], dim3(num_blocks), dim3(32 * chosen.warps),
+                  chosen.shared_bytes, stream, pdl, a);
+}
+BINDING(paged_attention,
+        "paged_attention(out, q, cache, block_tables, alibi_slopes, plan, tickets, partials, q_stride, table_stride,\n"
+        "                num_kv_heads, group, head_dim, block_size, window, scale, softcap, max_query_len, num_blocks,\n"
+        "                variant, dtype, stream, pdl)\n\n"
+        "Attention of new tokens over their sequences' paged KV cache, which holds them already: one layer.\n\n"
+        "out           [num_tokens, num_heads, head_dim]                          dtype; rows of no sequence are not written\n"
+        "q             [num_tokens, num_heads, head_dim], rows q_stride apart      dtype\n"
+        "cache         [cache_blocks, 2, num_kv_heads, block_size, head_dim]       dtype; keys, then values\n"
+        "block_tables  [num_slots, table_stride]  int32; entries without a token that is seen are not read\n"
+        "alibi_slopes  [num_heads], or 0          float32\n"
+        "plan, tickets, partials                  attention_plan's, of the same window, heads and num_blocks\n\n"
+        "num_heads = num_kv_heads · group; query head h reads KV head h / group. head_dim 64, 80, 96, 128 or 256,\n"
+        "block_size a multiple of 16. Query token i of a row with n sees the tokens up to context_len - n + i (and of\n"
+        "them the last `window`). Logits: scale · q·k, then softcap · tanh(logit / softcap) (softcap 0: not), then ALiBi\n"
+        "(Press et al. 2022, arXiv:2108.12409). No row has more query tokens than max_query_len. Float32 inside, softmax\n"
+        "weights rounded to dtype. Layout: Kwon et al. 2023 (arXiv:2309.06180). Reference: kernels/reference.py,\n"
+        "tolerance 2e-2 (bfloat16) or 4e-3 (float16) of the largest value.");
+
+}  // namespace
+}  // namespace zmqexec

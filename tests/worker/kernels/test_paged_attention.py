@@ -1,0 +1,179 @@
+"""attention_plan and paged_attention of csrc/cuda against the reference, with NaN wherever nothing may be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zmqexec.errors import InternalError
+from zmqexec.worker.kernels import reference
+from zmqexec.worker.kernels.paged_attention import AttentionWorkspace
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Of the largest expected value: softmax weights and the result are rounded to the dtype."""
+
+
+@dataclass
+class Batch:
+    """A step's rows over a cache in which every token outside their (windows of) contexts is NaN."""
+
+    contexts: list[int]
+    query_lens: list[int]
+    num_kv_heads: int = 2
+    group: int = 1
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    window: int = 0
+    softcap: float = 0.0
+    alibi: bool = False
+    seed: int = 0
+    sharpness: float = 1.0
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        num_rows, num_heads = len(self.contexts), self.num_kv_heads * self.group
+        counts = [-(-context // self.block_size) for context in self.contexts]
+        numbers = torch.randperm(sum(counts) + 3, generator=generator).tolist()
+        cache = torch.full((len(numbers), 2, self.num_kv_heads, self.block_size, self.head_dim), torch.nan)
+        tables = torch.full((num_rows + 2, max(counts, default=0) + 2), -(1 << 20), dtype=torch.int32)
+        slots = torch.randperm(num_rows + 2, generator=generator)[:num_rows].to(torch.int32)
+        for row, (context, query_len) in enumerate(zip(self.contexts, self.query_lens, strict=True)):
+            oldest = max(0, context - query_len + 1 - self.window) if self.window else 0
+            for index in range(oldest // self.block_size, counts[row]):
+                number = tables[slots[row], index] = numbers.pop()
+                # A block holds older tokens than the window's, but nothing newer than the context.
+                tokens = min(self.block_size, context - index * self.block_size)
+                shape = (2, self.num_kv_heads, tokens, self.head_dim)
+                cache[number, :, :, :tokens] = torch.randn(shape, generator=generator)
+        num_tokens = sum(self.query_lens)
+        packed = torch.randn((num_tokens, num_heads * self.head_dim + 24), generator=generator) * self.sharpness
+        starts = torch.tensor([0, *self.query_lens]).cumsum(0)
+        self.tensors = {
+            "query": packed.to(self.dtype)[:, : num_heads * self.head_dim].unflatten(1, (num_heads, self.head_dim)),
+            "cache": cache.to(self.dtype),
+            "block_tables": tables,
+            "row_slots": slots,
+            "context_lens": torch.tensor(self.contexts, dtype=torch.int32),
+            "query_starts": starts.to(torch.int32),
+        }
+        if self.alibi:
+            self.tensors["alibi_slopes"] = 2.0 ** -torch.linspace(1, 8, num_heads)
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def expected(self) -> torch.Tensor:
+        options = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
+        return reference.paged_attention(**self.tensors, **options)
+
+    def run(self, kernels_impl, *, num_blocks=5, fixed_split_tokens=0, min_split_tiles=4, variant=0, layers=1):
+        """`layers` times with one plan: what all gave, equal to the bit. The padded rows must be untouched."""
+        tensors = {name: tensor.to(kernels_impl.device) for name, tensor in self.tensors.items()}
+        workspace = AttentionWorkspace(
+            kernels_impl.device,
+            max_rows=len(self.contexts),
+            num_heads=self.num_kv_heads * self.group,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            max_context_len=max([1, *self.contexts]),
+            max_query_len=max([1, *self.query_lens]),
+            window=self.window,
+            fixed_split_tokens=fixed_split_tokens,
+            min_split_tiles=min_split_tiles,
+            variant=variant,
+            num_blocks=num_blocks,
+            module=kernels_impl.module,
+        )
+        for buffer in workspace._buffers:
+            buffer.fill_(0xFF)
+        one_each = all(query_len == 1 for query_len in self.query_lens)
+        starts = None if one_each else tensors["query_starts"]
+        workspace.plan(tensors["context_lens"], tensors["row_slots"], starts, pdl=kernels_impl.pdl)
+        outs = []
+        for _ in range(layers):
+            out = torch.full(tensors["query"].shape, torch.nan, dtype=self.dtype, device=kernels_impl.device)
+            workspace.attend(
+                out,
+                tensors["query"],
+                tensors["cache"],
+                tensors["block_tables"],
+                scale=self.scale,
+                softcap=self.softcap,
+                alibi_slopes=tensors.get("alibi_slopes"),
+                pdl=kernels_impl.pdl,
+            )
+            outs.append(out.cpu())
+            assert torch.equal(outs[0].view(torch.int16), outs[-1].view(torch.int16))
+        for row, (begin, end) in enumerate(self.token_ranges()):
+            assert outs[0][begin:end].isnan().all() == (self.contexts[row] == 0), f"row {row}"
+        return outs[0]
+
+    def token_ranges(self) -> list[tuple[int, int]]:
+        starts = self.tensors["query_starts"].tolist()
+        return [(a, b) for a, b in zip(starts, starts[1:], strict=False) if a < b]
+
+    def check(self, kernels_impl, **options) -> None:
+        out, expected = self.run(kernels_impl, **options).float(), self.expected()
+        for row, (begin, end) in enumerate(self.token_ranges()):
+            if self.contexts[row] > 0:
+                atol = TOLERANCE[self.dtype] * float(expected[begin:end].abs().max())
+                torch.testing.assert_close(out[begin:end], expected[begin:end], atol=atol, rtol=0)
+
+
+@st.composite
+def batches(draw):
+    query_lens = draw(st.one_of(st.just([1] * 8), st.lists(st.integers(1, 9), min_size=8, max_size=8)))
+    edges = st.sampled_from([1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 96])
+    lens = st.one_of(edges, st.integers(1, 200), st.integers(200, 900), st.just(0))
+    prefixes = draw(st.lists(lens, min_size=1, max_size=4))
+    query_lens = query_lens[: len(prefixes)]
+    contexts = [0 if prefix == 0 else max(prefix, n) for prefix, n in zip(prefixes, query_lens, strict=True)]
+    return Batch(
+        contexts=contexts,
+        query_lens=query_lens,
+        num_kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.sampled_from([1, 1, 2, 3, 4, 8, 16, 20])),
+        head_dim=draw(st.sampled_from([64, 64, 80, 96, 128, 256])),
+        block_size=draw(st.sampled_from([16, 16, 32, 48])),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])),
+        window=draw(st.sampled_from([0, 0, 1, 16, 33, 100])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 2.0])),
+        alibi=draw(st.booleans()),
+        seed=draw(st.integers(0, 1 << 30)),
+        sharpness=draw(st.sampled_from([1.0, 8.0])),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=batches(),
+    num_blocks=st.integers(1, 9),
+    fixed_split_tokens=st.sampled_from([0, 0, 64, 128]),
+    min_split_tiles=st.sampled_from([4, 8]),
+    order=st.sampled_from([0, 1, 2]),
+)
+def test_any_batch(kernels_impl, batch, num_blocks, fixed_split_tokens, min_split_tiles, order):
+    with kernels_impl.emulated(seed=order, resident_blocks=order + 1):
+        batch.check(
+            kernels_impl,
+            num_blocks=num_blocks,
+            fixed_split_tokens=fixed_split_tokens,
+            min_split_tiles=min_split_tiles,
+            layers=1 + (order == 2),
+        )
+
+
+@pytest.mark.parametrize("head_dim, variant", [(64, 0), (80, 0), (96, 0), (128, 0), (128, 1), (128, 2), (256, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_kernel(kernels_impl, head_dim, variant, dtype):
+    batch = Batch([300, 17], [1, 1], head_dim=head_dim, group=4, dtype=dtype)
+    batch.check(kernels_impl, variant=variant)
+    with pytest.raises(ValueError, match="no kernel for this head_dim"):
+        kernels_impl.module.attention_grid(head_dim, 3)
