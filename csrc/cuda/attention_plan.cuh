@@ -11,8 +11,6 @@
 // end, so that its result does not depend on what else is in the batch.
 #pragma once
 
-#include <cstring>
-
 #include "device.cuh"
 
 namespace zmqexec {
@@ -62,18 +60,6 @@ __device__ __forceinline__ int cut_tile(int position, int num_tiles, const PlanC
     const int tile = position - cuts.cost;
     if (tile >= num_tiles) return num_tiles;
     return tile < cuts.min_head ? 0 : tile > num_tiles - cuts.min_tail ? num_tiles : tile / 4 * 4;
-}
-
-// Past L1, in 16-byte pieces: another kernel wrote it.
-template <class Record>
-__device__ __forceinline__ Record load_record(const Record* from)
-{
-    uint4 pieces[sizeof(Record) / 16];
-#pragma unroll
-    for (unsigned i = 0; i < sizeof(Record) / 16; i++) pieces[i] = load_cg_16(reinterpret_cast<const uint4*>(from) + i);
-    Record record;
-    memcpy(&record, pieces, sizeof record);
-    return record;
 }
 
 }  // namespace zmqexec

@@ -27,7 +27,8 @@ struct AttentionArguments {
     const PlanRow* rows;
     uint32_t* tickets;
     float* partials;
-    int64_t q_stride;  // elements
+    int64_t q_stride;   // elements
+    int64_t to_values;  // bytes from a token's keys
     int table_stride, num_kv_heads, group, tiles_per_block, window;
     int partial_rows;       // query rows that a partial result has memory for
     float scale_log2;       // logits are in units of log2, for exp2
@@ -65,7 +66,7 @@ struct TileLayout {
 };
 
 template <int HEAD_DIM, int WARPS, int SLOTS>
-constexpr int SHARED_BYTES = WARPS * SLOTS * TileLayout<HEAD_DIM>::BYTES;
+constexpr int RING_BYTES = WARPS * SLOTS * TileLayout<HEAD_DIM>::BYTES;
 
 struct Part {
     int head, first_query_row;  // of the row's query_len · group
@@ -82,35 +83,57 @@ __device__ __forceinline__ int partial_slot(const Part& part, int number)
     return part.partial_base + part.partial_step * number + (number == 0 ? part.partial_step - 1 : 0);
 }
 
+// What a warp is doing, in shared memory: the main loop needs the registers.
+struct alignas(16) WarpState {
+    PlanBlock plan;  // row, item and begin go forward, `first` is the current row
+    Part part;
+};
+
+// The query rows of a part, each a query head of a query token.
+struct QueryRows {
+    int first, query_len, group, first_head, count;
+
+    __device__ __forceinline__ QueryRows(const AttentionArguments& a, const WarpState& state)
+        : first(state.part.first_query_row),
+          query_len(state.plan.first.query_len),
+          group(a.group),
+          first_head(state.part.head * a.group),
+          count(min(16, query_len * group - first))
+    {
+    }
+    __device__ __forceinline__ int token(int r) const { return query_len == 1 ? 0 : (first + r) / group; }
+    __device__ __forceinline__ int head(int r, int token) const { return first_head + first + r - token * group; }
+};
+
+// A warp's result takes the place of its ring: 16 tops, 16 sums, 16 rows. 8 rows of 4 float2 lie in different banks.
+template <int HEAD_DIM>
+constexpr int RESULT_STRIDE = HEAD_DIM + 8;  // floats
+
+// What the warp's tiles of the part contribute.
 template <class T, int HEAD_DIM, int WARPS, int SLOTS>
-__device__ __forceinline__ void attend(const AttentionArguments& a, const PlanRow& row, const Part& part,
-                                       unsigned char* shared)
+__device__ __forceinline__ void accumulate(const AttentionArguments& a, const WarpState& state, unsigned char* shared)
 {
     using Layout = TileLayout<HEAD_DIM>;
     constexpr int CHUNKS = Layout::CHUNKS, K_STEPS = HEAD_DIM / 16, COLUMNS = HEAD_DIM / 8;
-    constexpr int O_STRIDE = HEAD_DIM + 8;  // floats; 8 rows of 4 float2 lie in different banks
-    static_assert(4 * (32 + 16 * O_STRIDE) <= SLOTS * Layout::BYTES, "a warp's result takes the place of its ring");
+    static_assert(4 * (32 + 16 * RESULT_STRIDE<HEAD_DIM>) <= SLOTS * Layout::BYTES);
     static_assert(SLOTS >= 3, "queries lie in the last slot while keys and values of the first tile come");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own_ring = warp * SLOTS * Layout::BYTES;
 
-    const int first_position = row.context_len - row.query_len;
-    const int num_rows = min(16, row.query_len * a.group - part.first_query_row);
-    auto token_of = [&](int r) { return row.query_len == 1 ? 0 : (part.first_query_row + r) / a.group; };
-    auto head_of = [&](int r, int token) {
-        return part.head * a.group + part.first_query_row + r - token * a.group;
-    };
-    const int lowest = first_position + token_of(0), highest = first_position + token_of(num_rows - 1);
+    const QueryRows rows(a, state);
+    const int context_len = state.plan.first.context_len, head = state.part.head;
+    const int first_position = context_len - rows.query_len;
+    const int lowest = first_position + rows.token(0), highest = first_position + rows.token(rows.count - 1);
     // No query row sees a tile outside these.
-    const int begin = max(part.first_tile, a.window > 0 ? max(0, lowest - a.window + 1) / 16 : 0);
-    const int end = min(part.end_tile, highest / 16 + 1);
+    const int begin = max(state.part.first_tile, a.window > 0 ? max(0, lowest - a.window + 1) / 16 : 0);
+    const int end = min(state.part.end_tile, highest / 16 + 1);
     const int own_begin = begin + warp;
 
     // Block numbers ahead of their use: a lane knows one tile of the warp's next 32. Counted in tiles of a cache.
-    const int32_t* table = a.block_tables + static_cast<int64_t>(row.slot) * a.table_stride;
     auto look_up = [&](int first) {
         const int tile = first + WARPS * lane;
         if (tile >= end) return 0;
+        const int32_t* table = a.block_tables + static_cast<int64_t>(state.plan.first.slot) * a.table_stride;
         if (a.tiles_per_block == 1) return 2 * a.num_kv_heads * static_cast<int>(load_cg_4(table + tile));
         const int entry = tile / a.tiles_per_block;
         return (2 * a.num_kv_heads * static_cast<int>(load_cg_4(table + entry)) - entry) * a.tiles_per_block + tile;
@@ -123,18 +146,17 @@ __device__ __forceinline__ void attend(const AttentionArguments& a, const PlanRo
     for (int i = 0; i < CHUNKS / 2; i++) {
         const int chunk = 32 * i + lane, r = chunk / CHUNKS, column = chunk % CHUNKS;
         const T* from = static_cast<const T*>(a.q);
-        if (r < num_rows) {
-            const int token = token_of(r);
-            from += (row.query_start + token) * a.q_stride + head_of(r, token) * HEAD_DIM + 8 * column;
+        if (r < rows.count) {
+            const int token = rows.token(r);
+            from += (state.plan.first.query_start + token) * a.q_stride + rows.head(r, token) * HEAD_DIM + 8 * column;
         }
         const int to = Layout::copied_to(own_ring + (SLOTS - 1) * Layout::BYTES + own_chunk, i, lane);
-        cp_async_16(shared + to, from, r < num_rows);
+        cp_async_16(shared + to, from, r < rows.count);
     }
     cp_async_commit();
 
     // Copies the keys or values of the warp's tile `index` to a slot. Keys first, then values, tile after tile.
     const unsigned char* source = nullptr;
-    const int64_t to_values = static_cast<int64_t>(a.num_kv_heads) * a.tiles_per_block * Layout::GLOBAL_BYTES;
     auto copy = [&](bool values, int index, int slot) {
         const int tile = own_begin + WARPS * index;
         if (!values) {
@@ -142,13 +164,13 @@ __device__ __forceinline__ void attend(const AttentionArguments& a, const PlanRo
                 if (index > 0) places = next_places;
                 next_places = look_up(own_begin + WARPS * (index + 32));
             }
-            const int64_t place = __shfl_sync(ALL, places, index % 32) + part.head * a.tiles_per_block;
+            const int64_t place = __shfl_sync(ALL, places, index % 32) + head * a.tiles_per_block;
             source = static_cast<const unsigned char*>(a.cache) + place * Layout::GLOBAL_BYTES + 16 * lane;
         }
         if (tile < end) {
-            const unsigned char* from = values ? source + to_values : source;
+            const unsigned char* from = values ? source + a.to_values : source;
             // Past the context lies another sequence's, or was never written: a NaN value times 0 would be NaN.
-            const int valid = (row.context_len - 16 * tile) * CHUNKS;
+            const int valid = (context_len - 16 * tile) * CHUNKS;
 #pragma unroll
             for (int i = 0; i < CHUNKS / 2; i++) {
                 const int to = Layout::copied_to(own_ring + slot + own_chunk, i, lane);
@@ -173,14 +195,14 @@ __device__ __forceinline__ void attend(const AttentionArguments& a, const PlanRo
     copy((SLOTS - 1) % 2 != 0, (SLOTS - 1) / 2, (SLOTS - 1) * Layout::BYTES);
 
     // This lane's logits are of query rows lane / 4 and 8 more, tokens 2 · (lane % 4), + 1, + 8, + 9.
-    int last_seen[2], last_hidden[2];  // a query sees the tokens in (last_hidden, last_seen]
+    int last_seen[2];
     float slopes[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int r = lane / 4 + 8 * half, token = token_of(r);
+        const int r = lane / 4 + 8 * half, token = rows.token(r);
         last_seen[half] = first_position + token;
-        last_hidden[half] = a.window > 0 ? last_seen[half] - a.window : -1;
-        if (a.alibi_slopes != nullptr && r < num_rows) slopes[half] = LOG2_E * __ldg(a.alibi_slopes + head_of(r, token));
+        if (a.alibi_slopes != nullptr && r < rows.count)
+            slopes[half] = LOG2_E * __ldg(a.alibi_slopes + rows.head(r, token));
     }
     float out[COLUMNS][4], top[2] = {NEVER, NEVER}, sums[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -221,11 +243,12 @@ __device__ __forceinline__ void attend(const AttentionArguments& a, const PlanRo
             for (int i = 0; i < 8; i++)
                 logits[i / 4][i % 4] += slopes[i / 2 % 2] * static_cast<float>(token_at(i) - last_seen[i / 2 % 2]);
         }
+        const int seen = a.window > 0 ? a.window : 0x7fffffff;
         if (first_token + 15 > lowest || (a.window > 0 && first_token <= highest - a.window)) {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const int token = token_at(i);
-                if (token > last_seen[i / 2 % 2] || token <= last_hidden[i / 2 % 2]) logits[i / 4][i % 4] = NEVER;
+                const int ago = last_seen[i / 2 % 2] - token_at(i);
+                if (ago < 0 || ago >= seen) logits[i / 4][i % 4] = NEVER;
             }
         }
 
@@ -278,26 +301,31 @@ __device__ __forceinline__ void attend(const AttentionArguments& a, const PlanRo
     }
     cp_async_wait<0>();
 
-    // The warps' results, each in place of its ring: 16 tops, 16 sums, 16 rows.
     float* own = reinterpret_cast<float*>(shared + own_ring);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int r = lane / 4 + 8 * half;
         sums[half] += __shfl_xor_sync(ALL, sums[half], 1);
         sums[half] += __shfl_xor_sync(ALL, sums[half], 2);
-        if (r < num_rows) {
+        if (r < rows.count) {
             if (lane % 4 == 0) {
                 own[r] = top[half];
                 own[16 + r] = sums[half];
             }
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++)
-                *reinterpret_cast<float2*>(own + 32 + r * O_STRIDE + 8 * c + 2 * (lane % 4)) =
+                *reinterpret_cast<float2*>(own + 32 + r * RESULT_STRIDE<HEAD_DIM> + 8 * c + 2 * (lane % 4)) =
                     make_float2(out[c][2 * half], out[c][2 * half + 1]);
         }
     }
-    __syncthreads();
+}
 
+// Merges the warps' results, after a barrier; if the block is the last of a split item's, also those of all its parts.
+template <class T, int HEAD_DIM, int WARPS, int SLOTS>
+__device__ __forceinline__ void merge(const AttentionArguments& a, const WarpState& state, unsigned char* shared)
+{
+    const QueryRows rows(a, state);
+    const Part& part = state.part;
     auto add_scaled = [](float4& to, float factor, const float4& from) {
         to.x += factor * from.x;
         to.y += factor * from.y;
@@ -306,9 +334,9 @@ __device__ __forceinline__ void attend(const AttentionArguments& a, const PlanRo
     };
     auto write = [&](int r, int column, const float4& weighted, float sum) {
         const float factor = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
-        const int token = token_of(r);
-        const int64_t out_row = static_cast<int64_t>(row.query_start + token) * a.num_kv_heads * a.group;
-        T* to = static_cast<T*>(a.out) + (out_row + head_of(r, token)) * HEAD_DIM + column;
+        const int token = rows.token(r);
+        const int64_t out_row = static_cast<int64_t>(state.plan.first.query_start + token) * a.num_kv_heads * a.group;
+        T* to = static_cast<T*>(a.out) + (out_row + rows.head(r, token)) * HEAD_DIM + column;
         *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(weighted.x * factor, weighted.y * factor),
                                                    pack2<T>(weighted.z * factor, weighted.w * factor));
     };
@@ -317,19 +345,19 @@ __device__ __forceinline__ void attend(const AttentionArguments& a, const PlanRo
         const int64_t at = static_cast<int64_t>(partial_slot(part, number)) * a.partial_rows + r;
         return a.partials + at * PARTIAL_STRIDE;
     };
-    const int num_vectors = num_rows * (HEAD_DIM / 4);
+    const int num_vectors = rows.count * (HEAD_DIM / 4);
     for (int i = threadIdx.x; i < num_vectors; i += 32 * WARPS) {
         const int r = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
         float highest_top = NEVER, sum = 0.0f;
         float4 weighted = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        auto of_warp = [&](int w) { return reinterpret_cast<const float*>(shared + w * SLOTS * Layout::BYTES); };
+        auto of_warp = [&](int w) { return reinterpret_cast<const float*>(shared + w * SLOTS * TileLayout<HEAD_DIM>::BYTES); };
 #pragma unroll
         for (int w = 0; w < WARPS; w++) highest_top = fmaxf(highest_top, of_warp(w)[r]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
             const float factor = exp2_approx(of_warp(w)[r] - highest_top);
             sum += factor * of_warp(w)[16 + r];
-            add_scaled(weighted, factor, *reinterpret_cast<const float4*>(of_warp(w) + 32 + r * O_STRIDE + column));
+            add_scaled(weighted, factor, *reinterpret_cast<const float4*>(of_warp(w) + 32 + r * RESULT_STRIDE<HEAD_DIM> + column));
         }
         if (part.count == 1) {
             write(r, column, weighted, sum);
@@ -379,19 +407,21 @@ __global__ void __launch_bounds__(32 * WARPS) paged_attention_kernel(const Atten
     SHARED_MEMORY(shared);
     pdl_wait();
     pdl_launch_dependents();
-    const PlanBlock plan = load_record(a.blocks + blockIdx.x);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    WarpState& state = reinterpret_cast<WarpState*>(shared + RING_BYTES<HEAD_DIM, WARPS, SLOTS>)[warp];
+    constexpr int PLAN_PIECES = sizeof(PlanBlock) / 16, ROW_PIECES = sizeof(PlanRow) / 16;
+    if (lane < PLAN_PIECES)
+        reinterpret_cast<uint4*>(&state.plan)[lane] = load_cg_16(reinterpret_cast<const uint4*>(a.blocks + blockIdx.x) + lane);
+    __syncwarp();
+    PlanBlock& plan = state.plan;
+    const PlanRow& row = plan.first;
     if (plan.row >= plan.num_rows) return;
-    const PlanCuts cuts = {plan.chunk, plan.cost, plan.min_head, plan.min_tail};
-    const int block_end = (blockIdx.x + 1) * plan.chunk;
-    PlanRow row = plan.first;
-    int row_number = plan.row, item = plan.item, begin = plan.begin;
-    for (bool first = true;;) {
-        const int row_tiles = ceil_div(row.query_len * a.group, 16);
-        const int start = row.start + item * row.stride;
+    for (;;) {
+        const PlanCuts cuts = {plan.chunk, plan.cost, plan.min_head, plan.min_tail};
+        const int begin = plan.begin, item = plan.item, row_tiles = ceil_div(row.query_len * a.group, 16);
+        const int start = row.start + item * row.stride, block_end = (blockIdx.x + 1) * cuts.chunk;
         const int end = cut_tile(block_end - start, row.num_tiles, cuts);
-        while (begin < end) {
-            if (!first) __syncthreads();  // the results of the previous part have been read
-            first = false;
+        if (begin < end) {
             Part part;
             part.head = row_tiles == 1 ? item : item / row_tiles;
             part.first_query_row = 16 * (item - part.head * row_tiles);
@@ -421,15 +451,33 @@ __global__ void __launch_bounds__(32 * WARPS) paged_attention_kernel(const Atten
             }
             part.first_tile = row.first_tile + begin;
             part.end_tile = row.first_tile + part_end;
-            attend<T, HEAD_DIM, WARPS, SLOTS>(a, row, part, shared);
-            begin = part_end;
+            __syncwarp();
+            if (lane == 0) {
+                state.part = part;
+                plan.begin = part_end;
+            }
+            __syncwarp();
+            accumulate<T, HEAD_DIM, WARPS, SLOTS>(a, state, shared);
+            __syncthreads();
+            merge<T, HEAD_DIM, WARPS, SLOTS>(a, state, shared);
+            __syncthreads();
         }
-        if (end < row.num_tiles) return;
-        begin = 0;
-        if (++item == a.num_kv_heads * row_tiles) {
-            item = 0;
-            if (++row_number == plan.num_rows) return;
-            row = load_record(a.rows + row_number);
+        else {
+            // The item is done: the next one, of this or the next row.
+            if (end < row.num_tiles) return;
+            const bool next_row = item + 1 == a.num_kv_heads * row_tiles;
+            const int row_number = plan.row + next_row;
+            if (row_number == plan.num_rows) return;
+            __syncwarp();
+            if (lane == 0) {
+                plan.begin = 0;
+                plan.item = next_row ? 0 : item + 1;
+                plan.row = row_number;
+            }
+            if (next_row && lane < ROW_PIECES)
+                reinterpret_cast<uint4*>(&plan.first)[lane] =
+                    load_cg_16(reinterpret_cast<const uint4*>(a.rows + row_number) + lane);
+            __syncwarp();
         }
     }
 }
@@ -445,7 +493,8 @@ struct Variant {
 template <int HEAD_DIM, int WARPS, int SLOTS>
 Variant variant_of(int blocks_per_sm)
 {
-    return {HEAD_DIM, WARPS, SLOTS, blocks_per_sm, SHARED_BYTES<HEAD_DIM, WARPS, SLOTS>,
+    return {HEAD_DIM, WARPS, SLOTS, blocks_per_sm,
+            RING_BYTES<HEAD_DIM, WARPS, SLOTS> + WARPS * static_cast<int>(sizeof(WarpState)),
             {paged_attention_kernel<bf16, HEAD_DIM, WARPS, SLOTS>, paged_attention_kernel<fp16, HEAD_DIM, WARPS, SLOTS>}};
 }
 
@@ -533,6 +582,7 @@ const char* paged_attention(void* out, const void* q, const void* cache, const v
     a.num_kv_heads = num_kv_heads;
     a.group = group;
     a.tiles_per_block = block_size / ATTENTION_TILE;
+    a.to_values = static_cast<int64_t>(num_kv_heads) * block_size * head_dim * 2;
     a.window = window;
     a.partial_rows = partial_rows_of(group, max_query_len);
     a.scale_log2 = scale * LOG2_E;
