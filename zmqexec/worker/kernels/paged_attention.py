@@ -62,7 +62,14 @@ class AttentionWorkspace:
         self._window, self._fixed_split_tokens, self._variant = window, fixed_split_tokens, variant
         self._min_split_tiles = min_split_tiles
         sizes = self._module.attention_workspace_bytes(
-            num_blocks, max_rows, num_kv_heads, self._group, head_dim, max_query_len, max_context_len, fixed_split_tokens
+            num_blocks,
+            max_rows,
+            num_kv_heads,
+            self._group,
+            head_dim,
+            max_query_len,
+            max_context_len,
+            fixed_split_tokens,
         )
         # zeros(): tickets and plan are never read before `plan` has written them, but a stray read shall be harmless.
         self._buffers = [torch.zeros(max(16, size), dtype=torch.uint8, device=device) for size in sizes]
