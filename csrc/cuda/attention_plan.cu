@@ -12,6 +12,9 @@ constexpr int WARPS = THREADS / 32;
 // one round of four warps.
 constexpr int ITEM_COST = 4;
 
+// Tiles after a cut, at the least: one round of four warps.
+constexpr int MIN_TAIL = 4;
+
 struct PlanArguments {
     PlanBlock* blocks;
     PlanRow* rows;
@@ -59,10 +62,16 @@ struct RowSize {
     int num_tiles, num_items;
 };
 
-// Parts of an item whose cuts are multiples of `chunk` (at least min_head), the last of at least min_tail tiles.
-__device__ __forceinline__ int aligned_parts(int num_tiles, int chunk, int min_tail)
+// An item so short that merging its parts would cost more than they save is not split.
+__device__ __forceinline__ int min_tail(int num_tiles, int min_split_tiles)
 {
-    return num_tiles < min_tail ? 1 : (num_tiles - min_tail) / chunk + 1;
+    return num_tiles < 2 * min_split_tiles + MIN_TAIL ? num_tiles : MIN_TAIL;
+}
+
+// Parts of an item whose cuts are multiples of `chunk`, at least min_split_tiles.
+__device__ __forceinline__ int aligned_parts(int num_tiles, int chunk, int min_split_tiles)
+{
+    return (num_tiles - min_tail(num_tiles, min_split_tiles)) / chunk + 1;
 }
 
 __global__ void __launch_bounds__(THREADS) attention_plan_kernel(const PlanArguments a)
@@ -116,10 +125,10 @@ __global__ void __launch_bounds__(THREADS) attention_plan_kernel(const PlanArgum
     exclusive_scan(own, total, scratch);  // its barrier also publishes `sizes`
     const int num_items = total.values[0], num_tiles = total.values[1];
 
-    PlanCuts cuts = {0, ITEM_COST, a.min_split_tiles, a.min_split_tiles + 4};
+    PlanCuts cuts = {0, ITEM_COST, a.min_split_tiles};
     bool aligned = false;
     if (a.fixed_tiles > 0) {
-        cuts = {max(1, ceil_div(total.values[2], a.num_blocks)) * a.fixed_tiles, 0, 1, 1};
+        cuts = {max(1, ceil_div(total.values[2], a.num_blocks)) * a.fixed_tiles, 0, 1};
     }
     else {
         cuts.chunk = max(a.min_split_tiles, ceil_div(num_tiles + ITEM_COST * num_items, a.num_blocks));
@@ -132,7 +141,7 @@ __global__ void __launch_bounds__(THREADS) attention_plan_kernel(const PlanArgum
                 const int chunk = ceil_div(max(a.min_split_tiles, even), 4) * 4;
                 int parts = 0;
                 for (int row = lane; row < a.num_rows; row += 32)
-                    parts += sizes[row].num_items * aligned_parts(sizes[row].num_tiles, chunk, cuts.min_tail);
+                    parts += sizes[row].num_items * aligned_parts(sizes[row].num_tiles, chunk, a.min_split_tiles);
 #pragma unroll
                 for (int distance = 16; distance > 0; distance /= 2)
                     parts += __shfl_xor_sync(0xffffffffu, parts, distance);
@@ -140,7 +149,7 @@ __global__ void __launch_bounds__(THREADS) attention_plan_kernel(const PlanArgum
             }
             __syncthreads();
             aligned = *least_chunk <= cuts.chunk + ITEM_COST;
-            if (aligned) cuts = {*least_chunk, 0, a.min_split_tiles, cuts.min_tail};
+            if (aligned) cuts = {*least_chunk, 0, a.min_split_tiles};
         }
     }
 
@@ -158,8 +167,9 @@ __global__ void __launch_bounds__(THREADS) attention_plan_kernel(const PlanArgum
             plan.slot = i == 0 ? slots[0] : slots[1];
             plan.first_tile = first_tile_of(plan.context_len, plan.query_len);
             plan.fixed_tiles = a.fixed_tiles;
+            plan.min_tail = a.fixed_tiles > 0 ? 1 : min_tail(size.num_tiles, a.min_split_tiles);
             const int parts = a.fixed_tiles > 0 ? ceil_div(size.num_tiles, a.fixed_tiles)
-                              : aligned         ? aligned_parts(size.num_tiles, cuts.chunk, cuts.min_tail)
+                              : aligned         ? aligned_parts(size.num_tiles, cuts.chunk, a.min_split_tiles)
                                                 : 1;
             plan.stride = a.fixed_tiles > 0 ? parts * a.fixed_tiles
                           : aligned         ? parts * cuts.chunk
@@ -189,7 +199,7 @@ __global__ void __launch_bounds__(THREADS) attention_plan_kernel(const PlanArgum
     __syncthreads();
 
     for (int block = thread; block < a.num_blocks; block += THREADS) {
-        PlanBlock plan = {num_rows, 0, 0, num_rows, cuts.chunk, cuts.cost, cuts.min_head, cuts.min_tail, {}};
+        PlanBlock plan = {num_rows, 0, 0, num_rows, cuts.chunk, cuts.cost, cuts.min_head, 0, {}};
         const int64_t position = static_cast<int64_t>(block) * cuts.chunk;
         if (position < end) {
             int low = 0, high = num_rows;  // the row is in [low, high)
@@ -200,7 +210,7 @@ __global__ void __launch_bounds__(THREADS) attention_plan_kernel(const PlanArgum
             }
             const PlanRow& row = rows[low];
             const int behind = static_cast<int>(position) - row.start, item = behind / row.stride;
-            const int tile = cut_tile(behind - item * row.stride, row.num_tiles, cuts);
+            const int tile = cut_tile(behind - item * row.stride, row, cuts);
             const bool to_next = tile == row.num_tiles;
             const int row_items = a.num_kv_heads * ceil_div(row.query_len * a.group, ATTENTION_TILE);
             plan.row = low;
@@ -258,7 +268,7 @@ BINDING(attention_plan,
         "query_starts   [num_rows + 1], or 0    int32, row i's tokens of q are [starts[i], starts[i + 1]); 0: one each\n\n"
         "num_rows <= 1024. window: tokens that a query sees, itself included (0: all). fixed_split_tokens (a multiple of\n"
         "64): contexts are split at its multiples, so that a row's result does not depend on the others; 0: as fills the\n"
-        "GPU best, no part smaller than min_split_tiles tiles of 16 tokens (a multiple of 4).");
+        "GPU best, in parts of at least min_split_tiles tiles of 16 tokens (a multiple of 4), the last at least 4.");
 
 }  // namespace
 }  // namespace zmqexec

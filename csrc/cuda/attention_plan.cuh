@@ -31,7 +31,7 @@ struct alignas(16) PlanRow {
     int first_ticket;   // fixed splits: of its first item; items follow each other
     int first_partial;  // fixed splits: of its first item's first part; parts follow each other, then items
     int fixed_tiles;    // tiles per part, or 0
-    int unused;
+    int min_tail;       // tiles: no cut leaves a smaller part behind it; num_tiles where no cut is worth its merging
 };
 
 // Where a block begins; it goes on through the following items up to its end.
@@ -40,8 +40,9 @@ struct alignas(16) PlanBlock {
     int begin;      // tile of the item
     int num_rows;
     int chunk, cost;
-    int min_head, min_tail;  // tiles: no cut leaves a smaller part before or after it
-    PlanRow first;           // the record of `row`, to spare a dependent load
+    int min_head;  // tiles: no cut leaves a smaller part before it
+    int unused;
+    PlanRow first;  // the record of `row`, to spare a dependent load
 };
 
 __host__ __device__ constexpr int ceil_div(int a, int b)
@@ -50,16 +51,16 @@ __host__ __device__ constexpr int ceil_div(int a, int b)
 }
 
 struct PlanCuts {
-    int chunk, cost, min_head, min_tail;
+    int chunk, cost, min_head;
 };
 
 // The tile at which a cut `position` positions behind an item's start divides it: 0 and num_tiles do not. Multiples of
 // 4, so that the warps of a block get equal shares.
-__device__ __forceinline__ int cut_tile(int position, int num_tiles, const PlanCuts& cuts)
+__device__ __forceinline__ int cut_tile(int position, const PlanRow& row, const PlanCuts& cuts)
 {
     const int tile = position - cuts.cost;
-    if (tile >= num_tiles) return num_tiles;
-    return tile < cuts.min_head ? 0 : tile > num_tiles - cuts.min_tail ? num_tiles : tile / 4 * 4;
+    if (tile >= row.num_tiles) return row.num_tiles;
+    return tile < cuts.min_head ? 0 : tile > row.num_tiles - row.min_tail ? row.num_tiles : tile / 4 * 4;
 }
 
 }  // namespace zmqexec

@@ -140,18 +140,26 @@ __device__ __forceinline__ void accumulate(const AttentionArguments& a, const Wa
     };
     int places = look_up(own_begin), next_places = 0;
 
-    // Query rows go to the last slot.
+    // Query rows go to the last slot. One token's heads follow each other in memory.
     const int own_chunk = Layout::offset(lane / CHUNKS, lane % CHUNKS);
-#pragma unroll
-    for (int i = 0; i < CHUNKS / 2; i++) {
-        const int chunk = 32 * i + lane, r = chunk / CHUNKS, column = chunk % CHUNKS;
-        const T* from = static_cast<const T*>(a.q);
-        if (r < rows.count) {
-            const int token = rows.token(r);
-            from += (state.plan.first.query_start + token) * a.q_stride + rows.head(r, token) * HEAD_DIM + 8 * column;
-        }
+    const T* first_query = static_cast<const T*>(a.q) + state.plan.first.query_start * a.q_stride;
+    auto copy_queries = [&](int i, const T* from) {
         const int to = Layout::copied_to(own_ring + (SLOTS - 1) * Layout::BYTES + own_chunk, i, lane);
-        cp_async_16(shared + to, from, r < rows.count);
+        cp_async_16(shared + to, from, 32 * i + lane < rows.count * CHUNKS);
+    };
+    if (rows.query_len == 1) {
+        first_query += rows.head(0, 0) * HEAD_DIM;
+#pragma unroll
+        for (int i = 0; i < CHUNKS / 2; i++)
+            copy_queries(i, first_query + 8 * min(32 * i + lane, rows.count * CHUNKS - 1));
+    }
+    else {
+#pragma unroll 1
+        for (int i = 0; i < CHUNKS / 2; i++) {
+            const int r = min((32 * i + lane) / CHUNKS, rows.count - 1), column = (32 * i + lane) % CHUNKS;
+            const int token = rows.token(r);
+            copy_queries(i, first_query + token * a.q_stride + rows.head(r, token) * HEAD_DIM + 8 * column);
+        }
     }
     cp_async_commit();
 
@@ -370,39 +378,58 @@ __device__ __forceinline__ void merge(const AttentionArguments& a, const WarpSta
     }
     if (part.count == 1) return;
 
-    __threadfence();
+    // What the barrier orders before thread 0, its fence orders before its ticket; and so on the way back.
+    volatile unsigned* is_last = reinterpret_cast<volatile unsigned*>(shared);
     __syncthreads();
-    volatile unsigned* is_last = reinterpret_cast<volatile unsigned*>(shared);  // what lay here has been read
     if (threadIdx.x == 0) {
+        __threadfence();
         const bool last = atomicAdd(a.tickets + part.ticket, 1u) == static_cast<unsigned>(part.count) - 1;
         if (last) a.tickets[part.ticket] = 0;  // for the next layer
+        __threadfence();
         *is_last = last;
     }
     __syncthreads();
     if (*is_last == 0) return;
-    __threadfence();
     for (int i = threadIdx.x; i < num_vectors; i += 32 * WARPS) {
         const int r = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
         float highest_top = NEVER, sum = 0.0f;
         float4 weighted = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-        for (int number = 0; number < part.count; number++) {
-            const float* from = partial_row(number, r);
-            const float4 values = __ldcg(reinterpret_cast<const float4*>(from + column));
-            const float2 top_and_sum = __ldcg(reinterpret_cast<const float2*>(from + HEAD_DIM));
-            const float next_top = fmaxf(highest_top, top_and_sum.x);
-            const float before = exp2_approx(highest_top - next_top), factor = exp2_approx(top_and_sum.x - next_top);
-            highest_top = next_top;
-            sum = before * sum + factor * top_and_sum.y;
-            weighted = make_float4(before * weighted.x, before * weighted.y, before * weighted.z, before * weighted.w);
-            add_scaled(weighted, factor, values);
+        constexpr int AT_ONCE = 8;  // loads under way
+        for (int first = 0; first < part.count; first += AT_ONCE) {
+            float4 values[AT_ONCE];
+            float2 tops_and_sums[AT_ONCE];
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; n++) {
+                const float* from = partial_row(min(first + n, part.count - 1), r);
+                values[n] = __ldcg(reinterpret_cast<const float4*>(from + column));
+                tops_and_sums[n] = __ldcg(reinterpret_cast<const float2*>(from + HEAD_DIM));
+            }
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; n++) {
+                if (first + n >= part.count) break;
+                const float next_top = fmaxf(highest_top, tops_and_sums[n].x);
+                const float before = exp2_approx(highest_top - next_top);
+                const float factor = exp2_approx(tops_and_sums[n].x - next_top);
+                highest_top = next_top;
+                sum = before * sum + factor * tops_and_sums[n].y;
+                weighted =
+                    make_float4(before * weighted.x, before * weighted.y, before * weighted.z, before * weighted.w);
+                add_scaled(weighted, factor, values[n]);
+            }
         }
         write(r, column, weighted, sum);
     }
 }
 
+// Two blocks of 128 threads leave 256 threads of the next kernel 104 registers each. __launch_bounds__ cannot say 152.
+#if defined(__CUDACC__) && CUDART_VERSION >= 12040
+#define REGISTERS(warps, head_dim) __maxnreg__((head_dim) == 256 ? 255 : 152)
+#else
+#define REGISTERS(warps, head_dim) __launch_bounds__(32 * (warps))
+#endif
+
 template <class T, int HEAD_DIM, int WARPS, int SLOTS>
-__global__ void __launch_bounds__(32 * WARPS) paged_attention_kernel(const AttentionArguments a)
+__global__ void REGISTERS(WARPS, HEAD_DIM) paged_attention_kernel(const AttentionArguments a)
 {
     SHARED_MEMORY(shared);
     pdl_wait();
@@ -417,10 +444,10 @@ __global__ void __launch_bounds__(32 * WARPS) paged_attention_kernel(const Atten
     const PlanRow& row = plan.first;
     if (plan.row >= plan.num_rows) return;
     for (;;) {
-        const PlanCuts cuts = {plan.chunk, plan.cost, plan.min_head, plan.min_tail};
+        const PlanCuts cuts = {plan.chunk, plan.cost, plan.min_head};
         const int begin = plan.begin, item = plan.item, row_tiles = ceil_div(row.query_len * a.group, 16);
         const int start = row.start + item * row.stride, block_end = (blockIdx.x + 1) * cuts.chunk;
-        const int end = cut_tile(block_end - start, row.num_tiles, cuts);
+        const int end = cut_tile(block_end - start, row, cuts);
         if (begin < end) {
             Part part;
             part.head = row_tiles == 1 ? item : item / row_tiles;
@@ -442,7 +469,7 @@ __global__ void __launch_bounds__(32 * WARPS) paged_attention_kernel(const Atten
             else {
                 // The cuts inside the item: cut b divides blocks b - 1 and b.
                 const int first_cut = ceil_div(start + cuts.cost + cuts.min_head, cuts.chunk);
-                const int last_cut = (start + cuts.cost + row.num_tiles - cuts.min_tail) / cuts.chunk;
+                const int last_cut = (start + cuts.cost + row.num_tiles - row.min_tail) / cuts.chunk;
                 part.number = static_cast<int>(blockIdx.x) - (first_cut - 1);
                 part.count = last_cut - first_cut + 2;
                 part.ticket = first_cut - 1;
@@ -502,7 +529,7 @@ Variant variant_of(int blocks_per_sm)
 const Variant& find_variant(int head_dim, int number)
 {
     static const Variant variants[] = {
-        variant_of<64, 4, 4>(3),  variant_of<80, 4, 4>(2), variant_of<96, 4, 3>(2),  variant_of<128, 4, 3>(2),
+        variant_of<64, 4, 6>(2),  variant_of<80, 4, 4>(2), variant_of<96, 4, 3>(2),  variant_of<128, 4, 3>(2),
         variant_of<128, 4, 6>(1), variant_of<128, 8, 3>(1), variant_of<256, 4, 3>(1),
     };
     for (const Variant& variant : variants)

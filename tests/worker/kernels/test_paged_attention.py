@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zmqexec.errors import InternalError
 from zmqexec.worker.kernels import reference
 from zmqexec.worker.kernels.paged_attention import AttentionWorkspace
 
@@ -117,7 +117,7 @@ class Batch:
 
     def token_ranges(self) -> list[tuple[int, int]]:
         starts = self.tensors["query_starts"].tolist()
-        return [(a, b) for a, b in itertools.pairwise(starts) if a < b]
+        return [(a, b) for a, b in zip(starts, starts[1:], strict=False) if a < b]
 
     def check(self, kernels_impl, **options) -> None:
         out, expected = self.run(kernels_impl, **options).float(), self.expected()
@@ -177,3 +177,52 @@ def test_every_kernel(kernels_impl, head_dim, variant, dtype):
     batch.check(kernels_impl, variant=variant)
     with pytest.raises(ValueError, match="no kernel for this head_dim"):
         kernels_impl.module.attention_grid(head_dim, 3)
+
+
+def test_rows_of_very_different_lengths(kernels_impl):
+    contexts = [1, 1500, 16, 0, 17, 333, 0, 64, 2, 700, 48, 31, 32, 0]
+    for num_blocks in (1, 7, 40):
+        batch = Batch(contexts, [1] * len(contexts), num_kv_heads=1, group=4, seed=num_blocks)
+        batch.check(kernels_impl, num_blocks=num_blocks, layers=2)
+
+
+@pytest.mark.parametrize("context", [1, 15, 16, 17, 319, 320, 321, 384, 512, 513])
+def test_one_sequence_over_many_blocks(kernels_impl, context):
+    batch = Batch([context], [1], num_kv_heads=2, seed=context)
+    with kernels_impl.emulated(seed=context, resident_blocks=4):
+        batch.check(kernels_impl, num_blocks=16, min_split_tiles=8, layers=2)
+
+
+def test_a_step_without_tokens_does_nothing(kernels_impl):
+    Batch([0, 0], [1, 1]).check(kernels_impl)
+
+
+def test_with_fixed_splits_a_row_does_not_depend_on_the_others(kernels_impl):
+    """To the bit: alone, among others, in another order, over more blocks."""
+    options = {"group": 4, "num_kv_heads": 1, "window": 500, "dtype": torch.bfloat16}
+    contexts, query_lens = [700, 64, 129, 5, 330], [1, 3, 1, 1, 2]
+    together = Batch(contexts, query_lens, **options)
+    whole = together.run(kernels_impl, num_blocks=3, fixed_split_tokens=128)
+    ranges = together.token_ranges()
+    for rows, num_blocks in (([0], 1), ([4, 0], 9), ([1, 3, 2], 2), ([2, 0, 4, 1, 3], 5)):
+        part = Batch([contexts[row] for row in rows], [query_lens[row] for row in rows], **options)
+        tokens = torch.cat([torch.arange(*ranges[row]) for row in rows])
+        part.tensors["query"] = together.tensors["query"][tokens]
+        part.tensors["cache"] = together.tensors["cache"]
+        part.tensors["block_tables"] = together.tensors["block_tables"]
+        part.tensors["row_slots"] = together.tensors["row_slots"][rows]
+        out = part.run(kernels_impl, num_blocks=num_blocks, fixed_split_tokens=128)
+        assert torch.equal(out, whole[tokens])
+
+
+def test_wrong_arguments_are_named(kernels_impl):
+    shape = {"max_rows": 4, "num_kv_heads": 2, "head_dim": 64, "max_context_len": 64, "num_blocks": 2}
+    with pytest.raises(InternalError, match="no paged attention for 3 heads, 2 KV heads of 64"):
+        AttentionWorkspace(kernels_impl.device, num_heads=3, module=kernels_impl.module, **shape)
+    workspace = AttentionWorkspace(kernels_impl.device, num_heads=4, module=kernels_impl.module, **shape)
+    with pytest.raises(InternalError, match="5 rows does not fit a workspace of 4"):
+        workspace.plan(torch.zeros(5, dtype=torch.int32, device=kernels_impl.device))
+    with pytest.raises(InternalError, match=r"out \[1, 4, 64\], query \[1, 4, 64\], cache \[3, 2, 2, 8, 64\]"):
+        heads = torch.zeros((1, 4, 64), dtype=torch.bfloat16)
+        tables = torch.zeros((1, 1), dtype=torch.int32)
+        workspace.attend(heads, heads, torch.zeros((3, 2, 2, 8, 64), dtype=torch.bfloat16), tables, scale=1.0)
