@@ -45,8 +45,8 @@ def run_child(
 ) -> str | None:
     """Run `python *arguments` with this folder importable; None if it ended well, else why not.
 
-    The end of its stderr is repeated on ours where it failed, and with `shows_errors` in any case. Its whole process group
-    is gone when this returns: after SIGTERM it has `grace_s` to end children of its own.
+    The end of its stderr is repeated on ours where it failed, and with `shows_errors` in any case. Its process group is
+    gone when this returns: after SIGTERM it has `grace_s` to end children of its own.
     """
     paths = [str(BENCH), os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}

@@ -148,10 +148,10 @@ def measure_case(
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, least and most, and each value."""
     return {
-        "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-        "all": [round(value, 4) for value in values],
+        "median": round(statistics.median(values), 6),
+        "min": round(min(values), 6),
+        "max": round(max(values), 6),
+        "all": [round(value, 6) for value in values],
     }
 
 

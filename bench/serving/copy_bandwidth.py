@@ -1,7 +1,11 @@
-"""A process of its own: how fast the first GPU, or the CPU, copies memory. Bytes read and bytes written both count."""
+"""A process of its own: how fast the first GPU, or the CPU, copies memory. Bytes read and bytes written both count.
+
+python bench/serving/copy_bandwidth.py cuda | cpu
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
@@ -15,7 +19,7 @@ REPETITIONS = 12
 
 
 def main() -> None:
-    is_cuda = torch.cuda.is_available()
+    is_cuda = sys.argv[1] == "cuda"
     device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
     num_bytes = GPU_BYTES if is_cuda else CPU_BYTES
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)

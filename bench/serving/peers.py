@@ -74,8 +74,8 @@ def _measure(
         tally.give_up(way, tp, " ".join(missing), why or "it ended early")
 
 
-def measure_copy_bandwidth(timeout_s: float) -> tuple[dict[str, Any], str | None]:
+def measure_copy_bandwidth(device: str, timeout_s: float) -> tuple[dict[str, Any], str | None]:
     """What copy_bandwidth.py found, and why it found nothing."""
     found: dict[str, Any] = {}
-    why = run_child([str(Path(__file__).with_name("copy_bandwidth.py"))], timeout_s, found.update)
+    why = run_child([str(Path(__file__).with_name("copy_bandwidth.py")), device], timeout_s, found.update)
     return found, why

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, name: str, question: str, *, whole_only: 
         if arguments.copy_tb_per_s is not None:
             tally.set_bandwidth({"device": device, "bytes_per_s": round(1e12 * arguments.copy_tb_per_s)}, None)
         elif arguments.ways:
-            tally.set_bandwidth(*measure_copy_bandwidth(min(BANDWIDTH_TIMEOUT_S, tally.left_s)))
+            tally.set_bandwidth(*measure_copy_bandwidth(device, min(BANDWIDTH_TIMEOUT_S, tally.left_s)))
         _measure(arguments, setting, tally, whole_only)
         if profile:
             _profile(arguments, setting, tally)

@@ -9,6 +9,7 @@ are launched one ahead of their results, as a worker does it.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -110,6 +111,7 @@ def main() -> None:
             "table": profile(loop) if job["profile"] else [],
         }
     )
+    os._exit(0)  # as a worker ends: without waiting for threads of libraries, or for peers
 
 
 def make_job_plan(job: dict[str, Any], case: Case) -> tuple[Plan, int]:

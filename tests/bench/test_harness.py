@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -62,6 +63,51 @@ def test_a_throughput_run_times_whole_calls_alone(tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "throughput-t.json").read_text())["results"]
     assert row["tpot_ms"] is None and row["ttft_ms"] is None
     assert row["output_tokens_per_s"] == pytest.approx(8 / row["generate_s"]["median"], rel=1e-2)
+
+
+FAKE_VLLM = """
+from types import SimpleNamespace as Fields
+__version__ = "0.0"
+SamplingParams = lambda **fields: Fields(**fields)
+class LLM:
+    def __init__(self, folder, **settings):
+        assert settings["load_format"] == "dummy" and settings["skip_tokenizer_init"]
+        self.llm_engine = ENGINE
+        self.open = {}
+    def generate(self, prompts, params, use_tqdm):
+        assert not use_tqdm and not params.detokenize and params.ignore_eos
+        return [Fields(outputs=[Fields(token_ids=[7] * params.max_tokens)]) for prompt in prompts]
+    def add_request(self, name, prompt, params):
+        self.open[name] = [params.max_tokens, 0]
+    def has_unfinished_requests(self):
+        return bool(self.open)
+    def step(self):
+        moved = []
+        for name, state in list(self.open.items()):
+            state[1] += 1
+            finished = state[0] == state[1]
+            moved.append(Fields(request_id=name, finished=finished, outputs=[Fields(token_ids=[7] * state[1])]))
+            if finished:
+                del self.open[name]
+        return moved
+"""
+
+
+@pytest.mark.parametrize("is_stepped", [True, False])
+def test_vllm_is_measured_step_by_step_and_where_its_engine_is_another_as_a_whole(
+    tmp_path: Path, is_stepped: bool
+) -> None:
+    engine = "self" if is_stepped else "Fields(has_unfinished_requests=lambda: False)"
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM.replace("ENGINE", engine))
+    job = {"folder": "f", "dtype": "bfloat16", "tp": 1, "max_model_len": 64, "max_num_seqs": 8, "cuda_graphs": True}
+    job |= {"cases": ["2x8x4"], "vocab_size": 50, "repetitions": 2, "whole_only": False}
+    found: list[dict[str, Any]] = []
+    environment = {"PYTHONPATH": os.pathsep.join([str(BENCH), str(tmp_path)])}
+    assert run_child(["-m", "serving.vllm_peer", json.dumps(job)], 60.0, found.append, env=environment) is None
+    start, row = found
+    assert start["version"] == "0.0" and start["total_s"] >= 0
+    assert row["case"] == "2x8x4" and row["generate_s"]["median"] > 0
+    assert (row["same_tokens"] == "4 of 4") if is_stepped else (row["tpot_ms"] is None)
 
 
 def test_the_driver_is_timed_part_by_part(tmp_path: Path) -> None:
