@@ -86,6 +86,31 @@ def _prefill_tile(
     return scaled_dot_product_attention(query, keys[:, :, :length], values[:, :, :length], attn_mask=mask, scale=scale)
 
 
+def padded_decode_attention(
+    query: torch.Tensor, cache: torch.Tensor, block_tables: torch.Tensor, context_lens: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of one new token per row over a paged cache, all contexts padded to the longest; for truth, not speed.
+
+    query         [num_rows, num_heads, head_dim]
+    cache         [num_blocks, 2, num_kv_heads, block_size, head_dim]  as query
+    block_tables  [num_rows, max_blocks]  int32; entries past a context are not read
+    context_lens  [num_rows]              int32, >= 1
+    returns       as query
+    """
+    num_kv_heads, block_size = cache.shape[2:4]
+    length = int(context_lens.max())
+    positions = torch.arange(length, device=query.device)
+    inside = positions < context_lens.unsqueeze(1)
+    tables = block_tables[:, : -(-length // block_size)].long()
+    blocks = torch.where(inside, tables.repeat_interleave(block_size, dim=1)[:, :length], tables[:, :1])
+    # Past a context anything may lie in the cache, even NaN: there the first token is taken, and masked.
+    offsets = torch.where(inside, positions % block_size, 0)
+    keys, values = (cache[blocks, part, :, offsets].transpose(1, 2) for part in range(2))
+    grouped = query.reshape(len(query), num_kv_heads, -1, query.shape[-1])
+    mask = inside.view(len(query), 1, 1, length)
+    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).view_as(query)
+
+
 def paged_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
