@@ -663,9 +663,9 @@ BINDING(sample,
         "positions  [rows]                          int32, of the token to sample; at most 0 in padding\n"
         "threads    per block: 512, 1024, or 0 to choose; the tokens are the same\n\n"
         "Greedy: the lowest id of the largest logit; NaN is never chosen beside a number. Otherwise worker/choose.py\n"
-        "with the random number of worker/philox.py; top_k outside [1, vocab] keeps all. Weights are float64, sums of\n"
-        "mass exact integers of at least 2^-38 of the largest weight: the token differs from choose.py's where its\n"
-        "random number is within rounding of an interval's end.")
+        "with the random number of worker/philox.py; top_k outside [1, vocab] keeps all. Weights are float64; masses\n"
+        "are exact integers, units of 2^-50 of the largest (2^-46 at 128k tokens). Reference: worker/choose.py; the same\n"
+        "token, unless top_p or the random number is within rounding of an interval's end.")
 
 __global__ void random_bits_kernel(uint64_t* out, const uint64_t* seeds, const uint32_t* sample_indices,
                                    const uint32_t* positions, int count)
