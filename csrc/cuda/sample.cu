@@ -34,8 +34,8 @@ struct alignas(16) Params {
 static_assert(sizeof(Params) == 48, "kernels/sample.py knows the layout");
 
 struct Shared {
-    // The histogram: while it is counted, each bucket's own tokens and mass (in two words, since shared memory adds only
-    // 32 bits at once); then sums over all buckets up to and including it.
+    // The histogram: while it is counted, each bucket's own tokens and mass (in two words, since shared memory adds 32
+    // bits at once); then sums over all buckets up to and including it.
     uint32_t count[NUM_BUCKETS], mass_low[NUM_BUCKETS], mass_high[NUM_BUCKETS];
     // The list, heaviest first; `through`: sums of mass up to and including each.
     uint64_t bits[MOST_LISTED], through[MOST_LISTED];
@@ -87,8 +87,8 @@ __device__ __forceinline__ uint32_t key_of(float value)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Inclusive sums over the block's `values`, thread by thread, PER_THREAD each. Contains a barrier between the reading of
-// `values` and the return; `scratch` [32] is free again after the next one.
+// Inclusive sums over the block's `values`, thread by thread, PER_THREAD each. Contains a barrier between the reading
+// of `values` and the return; `scratch` [32] is free again after the next one.
 template <int THREADS, int PER_THREAD, class T>
 __device__ void block_scan(T (&values)[PER_THREAD], T* scratch)
 {
@@ -240,8 +240,8 @@ struct Row {
         return bits_of(fma(weight, mass_of_one, 4503599627370496.0)) & 0x000fffffffffffff;
     }
 
-    // shared.least and .most: bounds for the logits with weights in [low, high], wide enough for all rounding. They save
-    // most tokens the exponential. By one thread; the next barrier publishes them.
+    // shared.least and .most: bounds for the logits with weights in [low, high], wide enough for all rounding. They
+    // save most tokens the exponential. By one thread; the next barrier publishes them.
     __device__ void set_bounds(uint64_t low, uint64_t high)
     {
         auto bound = [&](uint64_t bits, double side) {
@@ -437,7 +437,7 @@ struct Row {
         listed_after_mass = after_mass;
     }
 
-    // Bitonic (Batcher 1968). 32 neighbouring comparisons of distance up to 32 touch 64 entries that no other warp does.
+    // Bitonic (Batcher 1968). A warp's comparisons of distance up to 32 touch 64 entries that no other warp does.
     __device__ void sort_list(int size)
     {
         for (int span = 2; span <= size; span *= 2) {
@@ -663,9 +663,9 @@ BINDING(sample,
         "positions  [rows]                          int32, of the token to sample; at most 0 in padding\n"
         "threads    per block: 512, 1024, or 0 to choose; the tokens are the same\n\n"
         "Greedy: the lowest id of the largest logit; NaN is never chosen beside a number. Otherwise worker/choose.py\n"
-        "with the random number of worker/philox.py; top_k outside [1, vocab] keeps all. Weights are float64, sums of\n"
-        "mass exact integers of at least 2^-38 of the largest weight: the token differs from choose.py's where its\n"
-        "random number is within rounding of an interval's end.")
+        "with the random number of worker/philox.py; top_k outside [1, vocab] keeps all. Weights are float64; masses\n"
+        "are exact integers, units of 2^-50 of the largest (2^-46 at 128k tokens). Reference: worker/choose.py; the\n"
+        "same token, unless top_p or the random number is within rounding of an interval's end.")
 
 __global__ void random_bits_kernel(uint64_t* out, const uint64_t* seeds, const uint32_t* sample_indices,
                                    const uint32_t* positions, int count)
