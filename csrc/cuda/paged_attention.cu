@@ -109,9 +109,10 @@ struct QueryRows {
 template <int HEAD_DIM>
 constexpr int RESULT_STRIDE = HEAD_DIM + 8;  // floats
 
-// What the warp's tiles of the part contribute.
-template <class T, int HEAD_DIM, int WARPS, int SLOTS>
-__device__ __forceinline__ void accumulate(const AttentionArguments& a, const WarpState& state, unsigned char* shared)
+// What the warp's tiles of the part contribute. `meanwhile` is called while the first of them come.
+template <class T, int HEAD_DIM, int WARPS, int SLOTS, class Meanwhile>
+__device__ __forceinline__ void accumulate(const AttentionArguments& a, const WarpState& state, unsigned char* shared,
+                                           Meanwhile&& meanwhile)
 {
     using Layout = TileLayout<HEAD_DIM>;
     constexpr int CHUNKS = Layout::CHUNKS, K_STEPS = HEAD_DIM / 16, COLUMNS = HEAD_DIM / 8;
@@ -189,6 +190,8 @@ __device__ __forceinline__ void accumulate(const AttentionArguments& a, const Wa
     };
 #pragma unroll
     for (int n = 0; n < SLOTS - 1; n++) copy(n % 2 != 0, n / 2, n * Layout::BYTES);
+
+    meanwhile();
 
     // Rows 0..7 then 8..15 of the left chunk, then of the right one: what mma wants of queries, and (transposed) values.
     const int down_then_right = Layout::offset(lane % 16, lane / 16);
@@ -449,42 +452,42 @@ __global__ void REGISTERS(WARPS, HEAD_DIM) paged_attention_kernel(const Attentio
         const int start = row.start + item * row.stride, block_end = (blockIdx.x + 1) * cuts.chunk;
         const int end = cut_tile(block_end - start, row, cuts);
         if (begin < end) {
-            Part part;
-            part.head = row_tiles == 1 ? item : item / row_tiles;
-            part.first_query_row = 16 * (item - part.head * row_tiles);
-            int part_end = end;
-            if (row.fixed_tiles > 0) {
-                part_end = min(end, begin + row.fixed_tiles);
-                part.number = begin / row.fixed_tiles;
-                part.count = ceil_div(row.num_tiles, row.fixed_tiles);
-                part.ticket = row.first_ticket + item;
-                part.partial_base = row.first_partial + item * part.count;
-                part.partial_step = 1;
-            }
-            else if (begin == 0 && end == row.num_tiles) {
-                part.number = 0;
-                part.count = 1;
-                part.ticket = part.partial_base = part.partial_step = 0;
-            }
-            else {
-                // The cuts inside the item: cut b divides blocks b - 1 and b.
-                const int first_cut = ceil_div(start + cuts.cost + cuts.min_head, cuts.chunk);
-                const int last_cut = (start + cuts.cost + row.num_tiles - row.min_tail) / cuts.chunk;
-                part.number = static_cast<int>(blockIdx.x) - (first_cut - 1);
-                part.count = last_cut - first_cut + 2;
-                part.ticket = first_cut - 1;
-                part.partial_base = 2 * (first_cut - 1);
-                part.partial_step = 2;
-            }
-            part.first_tile = row.first_tile + begin;
-            part.end_tile = row.first_tile + part_end;
+            const int part_end = row.fixed_tiles > 0 ? min(end, begin + row.fixed_tiles) : end;
+            const int head = row_tiles == 1 ? item : item / row_tiles;
             __syncwarp();
             if (lane == 0) {
-                state.part = part;
                 plan.begin = part_end;
+                state.part.head = head;
+                state.part.first_query_row = 16 * (item - head * row_tiles);
+                state.part.first_tile = row.first_tile + begin;
+                state.part.end_tile = row.first_tile + part_end;
             }
             __syncwarp();
-            accumulate<T, HEAD_DIM, WARPS, SLOTS>(a, state, shared);
+            accumulate<T, HEAD_DIM, WARPS, SLOTS>(a, state, shared, [&]() {
+                if (lane != 0) return;
+                Part& part = state.part;
+                if (row.fixed_tiles > 0) {
+                    part.number = begin / row.fixed_tiles;
+                    part.count = ceil_div(row.num_tiles, row.fixed_tiles);
+                    part.ticket = row.first_ticket + item;
+                    part.partial_base = row.first_partial + item * part.count;
+                    part.partial_step = 1;
+                }
+                else if (begin == 0 && end == row.num_tiles) {
+                    part.number = 0;
+                    part.count = 1;
+                }
+                else {
+                    // The cuts inside the item: cut b divides blocks b - 1 and b.
+                    const int first_cut = ceil_div(start + cuts.cost + cuts.min_head, cuts.chunk);
+                    const int last_cut = (start + cuts.cost + row.num_tiles - row.min_tail) / cuts.chunk;
+                    part.number = static_cast<int>(blockIdx.x) - (first_cut - 1);
+                    part.count = last_cut - first_cut + 2;
+                    part.ticket = first_cut - 1;
+                    part.partial_base = 2 * (first_cut - 1);
+                    part.partial_step = 2;
+                }
+            });
             __syncthreads();
             merge<T, HEAD_DIM, WARPS, SLOTS>(a, state, shared);
             __syncthreads();

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 ROW_FIELDS = (
-    "start stride num_tiles first_tile context_len query_start query_len slot "
-    "first_ticket first_partial fixed_tiles min_tail"
-).split()
+    *("start", "stride", "num_tiles", "first_tile", "context_len", "query_start", "query_len", "slot"),
+    *("first_ticket", "first_partial", "fixed_tiles", "min_tail"),
+)
 BLOCK_WORDS, ROW_WORDS = 20, 12
 
 

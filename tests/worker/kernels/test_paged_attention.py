@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ class Batch:
 
     def token_ranges(self) -> list[tuple[int, int]]:
         starts = self.tensors["query_starts"].tolist()
-        return [(a, b) for a, b in zip(starts, starts[1:], strict=False) if a < b]
+        return [(a, b) for a, b in pairwise(starts) if a < b]
 
     def check(self, kernels_impl, **options) -> None:
         out, expected = self.run(kernels_impl, **options).float(), self.expected()
