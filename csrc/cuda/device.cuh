@@ -229,6 +229,16 @@ __device__ __forceinline__ void store_release_sys(uint32_t* global, uint32_t val
 {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(global), "r"(value) : "memory");
 }
+__device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* global)
+{
+    uint64_t v;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(global) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_release_sys(uint64_t* global, uint64_t value)
+{
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(global), "l"(value) : "memory");
+}
 __device__ __forceinline__ uint32_t load_relaxed_sys(const uint32_t* global)
 {
     uint32_t v;
@@ -277,6 +287,9 @@ __device__ __forceinline__ uint64_t global_timer_ns()
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
     return now;
 }
+
+// Between two polls of what another GPU writes. The emulator lets other processes run: they may be the other GPUs.
+__device__ __forceinline__ void spin_pause() {}
 
 __device__ __forceinline__ uint32_t sm_id()
 {

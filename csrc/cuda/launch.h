@@ -111,11 +111,11 @@ const char* launch(void (*kernel)(A...), dim3 grid, dim3 block, std::size_t shar
 #else
 
 template <class... A>
-const char* launch(void (*kernel)(A...), dim3 grid, dim3 block, std::size_t shared_bytes, Stream, bool pdl,
+const char* launch(void (*kernel)(A...), dim3 grid, dim3 block, std::size_t shared_bytes, Stream stream, bool pdl,
                    std::common_type_t<A>... arguments)
 {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
-    return emulator::run(grid, block, shared_bytes, pdl, [=] { kernel(arguments...); });
+    return emulator::run(grid, block, shared_bytes, stream.handle, pdl, [=] { kernel(arguments...); });
 }
 
 #endif

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -153,9 +154,11 @@ struct Grid {
     std::size_t shared_bytes;
     bool pdl;
     std::function<void()> kernel;
+    const Grid* predecessor;      // on its stream, or null
     std::vector<uint64_t> order;  // of its blocks
     std::size_t started = 0;
     unsigned resident = 0;
+    bool has_ended() const { return started == order.size() && resident == 0; }
 };
 
 struct Barrier {
@@ -192,6 +195,7 @@ uint64_t polls = 0, clock_ns = 0;
 std::mt19937_64 shuffled;
 bool grouping = false;
 std::vector<std::unique_ptr<Grid>> group;
+std::map<void*, const Grid*> newest;  // of the group, by stream
 
 Fiber& self()
 {
@@ -538,7 +542,9 @@ const char* run_grids(std::vector<std::unique_ptr<Grid>>& grids)
     polls = 0;
     while (failure.empty()) {
         for (auto& grid : grids)
-            while (grid->started < grid->order.size() && grid->resident < options.resident_blocks) start_block(*grid);
+            while ((grid->predecessor == nullptr || grid->predecessor->has_ended()) &&
+                   grid->started < grid->order.size() && grid->resident < options.resident_blocks)
+                start_block(*grid);
         if (blocks.empty()) break;
         if (ready.empty()) {
             failure = deadlock();
@@ -559,13 +565,16 @@ const char* run_grids(std::vector<std::unique_ptr<Grid>>& grids)
     return error.empty() ? nullptr : error.c_str();
 }
 
-const char* run(dim3 grid, dim3 block, std::size_t shared_bytes, bool pdl, std::function<void()> kernel)
+const char* run(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, bool pdl, std::function<void()> kernel)
 {
     const uint64_t threads = uint64_t{block.x} * block.y * block.z;
     if (threads == 0 || threads > 1024 || block.z > 64) return "the launch: invalid block size";
     if (shared_bytes > 227 * 1024) return "the launch: more than 227 KB of shared memory";
     if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffff) return "the launch: invalid grid size";
-    auto launched = std::make_unique<Grid>(Grid{grid, block, shared_bytes, pdl, std::move(kernel), {}});
+    const Grid* predecessor = nullptr;
+    if (stream != nullptr && grouping) predecessor = newest[stream];
+    auto launched = std::make_unique<Grid>(Grid{grid, block, shared_bytes, pdl, std::move(kernel), predecessor, {}});
+    if (stream != nullptr && grouping) newest[stream] = launched.get();
     launched->order.resize(uint64_t{grid.x} * grid.y * grid.z);
     for (std::size_t i = 0; i < launched->order.size(); i++) launched->order[i] = i;
     if (options.seed != 0) std::shuffle(launched->order.begin(), launched->order.end(), shuffled);
@@ -745,7 +754,8 @@ static const char* emulator_begin_group()
 }
 BINDING(emulator_begin_group,
         "emulator_begin_group()\n\n"
-        "Launches from here on wait for emulator_run_group and then run at the same time, like those of several ranks.")
+        "Launches from here on wait for emulator_run_group and then run at the same time, like those of several ranks;\n"
+        "those of one stream other than 0 one after the other.")
 
 static const char* emulator_run_group()
 {
@@ -753,6 +763,7 @@ static const char* emulator_run_group()
     emulator::grouping = false;
     const char* error = emulator::run_grids(emulator::group);
     emulator::group.clear();
+    emulator::newest.clear();
     return error;
 }
 BINDING(emulator_run_group, "emulator_run_group()\n\nRuns the launches since emulator_begin_group.")

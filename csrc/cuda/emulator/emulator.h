@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <sched.h>
 #include <type_traits>
 
 struct int2 { int x, y; };
@@ -37,6 +38,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 
 namespace zmqexec::emulator {
 
@@ -53,7 +55,7 @@ struct Thread {
 extern Thread* current;
 
 // Runs every block of the grid; nullptr, or why it could not go on.
-const char* run(dim3 grid, dim3 block, std::size_t shared_bytes, bool pdl, std::function<void()> kernel);
+const char* run(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, bool pdl, std::function<void()> kernel);
 
 // Ends the launch with this text.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -393,20 +395,24 @@ inline uint32_t load_cg_4(const void* global)
 inline void pdl_wait() { emulator::waited_for_predecessor(); }
 inline void pdl_launch_dependents() { emulator::launched_dependents(); }
 
-inline uint32_t polled(const uint32_t* global)
+template <class T>
+T polled(const T* global)
 {
-    emulator::check_global(global, 4, "a polling load");
+    emulator::check_global(global, sizeof(T), "a polling load");
     emulator::poll();
-    return *const_cast<const volatile uint32_t*>(global);
+    return *const_cast<const volatile T*>(global);
 }
 inline uint32_t load_acquire_sys(const uint32_t* global) { return polled(global); }
+inline uint64_t load_acquire_sys(const uint64_t* global) { return polled(global); }
 inline uint32_t load_relaxed_sys(const uint32_t* global) { return polled(global); }
 inline uint32_t load_acquire_gpu(const uint32_t* global) { return polled(global); }
 inline uint32_t load_volatile(const uint32_t* global) { return polled(global); }
-inline void store_release_sys(uint32_t* global, uint32_t value)
+template <class T>
+void store_release_sys(T* global, std::common_type_t<T> value)
 {
-    emulator::check_global(global, 4, "a store");
-    *global = value;
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);
+    emulator::check_global(global, sizeof(T), "a store");
+    *const_cast<volatile T*>(global) = value;
     emulator::progress();
 }
 inline void store_relaxed_sys(uint32_t* global, uint32_t value) { store_release_sys(global, value); }
@@ -425,6 +431,7 @@ inline void store_volatile_16(void* global, uint4 value)
 }
 
 inline uint64_t global_timer_ns() { return emulator::now_ns(); }
+inline void spin_pause() { sched_yield(); }
 inline uint32_t sm_id() { return blockIdx.x % 132; }
 inline void named_barrier(int id, int threads) { emulator::barrier(id, static_cast<unsigned>(threads)); }
 
