@@ -231,7 +231,7 @@ constexpr int max_threads(int ranks, bool is_norm)
 
 // NORM: a block takes whole rows, one after the other. Otherwise the message is one row, cut among all threads.
 template <class T, int RANKS, Protocol PROTOCOL, bool NORM>
-__global__ void __launch_bounds__(max_threads(RANKS, NORM))
+__global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
     all_reduce_kernel(const __grid_constant__ Group group, const __grid_constant__ Message message)
 {
     constexpr int N = VECTOR<T>;
@@ -283,10 +283,9 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM))
             }
         }
     __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(&group.state->ticket, 1u) == gridDim.x - 1) {
-        group.state->ticket = 0;
-        group.state->sequence = sequence + 1;
-    }
+    // The whole block has read `sequence`. What comes back is looked at after the waiting, not before it.
+    uint32_t ticket = 0;
+    if (threadIdx.x == 0) ticket = atomicAdd(&group.state->ticket, 1u);
 
     if constexpr (PROTOCOL == Protocol::flags) {
         const int peer = threadIdx.x;
@@ -379,6 +378,10 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM))
                               normed<T>(hidden, scale, weight));
             }
         }
+    }
+    if (threadIdx.x == 0 && ticket == gridDim.x - 1) {
+        group.state->ticket = 0;
+        group.state->sequence = sequence + 1;
     }
 }
 
