@@ -201,6 +201,18 @@ __device__ __forceinline__ uint32_t load_cg_4(const void* global)
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(global) : "memory");
     return v;
 }
+__device__ __forceinline__ uint16_t load_cg_2(const void* global)
+{
+    uint16_t v;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(global) : "memory");
+    return v;
+}
+
+// Asks for the line of 128 bytes around this address to be brought into L2. For weights only before pdl_wait().
+__device__ __forceinline__ void prefetch_l2(const void* global)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
 
 // Until the previous kernel on the stream has ended and its writes are visible. Before it only weights may be read.
 __device__ __forceinline__ void pdl_wait()

@@ -390,6 +390,13 @@ inline uint32_t load_cg_4(const void* global)
     return emulator::as<uint32_t>(global);
 }
 
+inline uint16_t load_cg_2(const void* global)
+{
+    emulator::check_global(global, 2, "load_cg_2");
+    return emulator::as<uint16_t>(global);
+}
+inline void prefetch_l2(const void* global) { emulator::check_global(global, 1, "prefetch_l2"); }
+
 inline void pdl_wait() { emulator::waited_for_predecessor(); }
 inline void pdl_launch_dependents() { emulator::launched_dependents(); }
 
