@@ -1,0 +1,646 @@
+// Linear layers for a handful of tokens, y = epilogue(prologue(x) · Wᵀ): bound by reading W once from memory.
+//
+// One block per SM. W's rows are dealt to blocks in tiles of eight; a block takes a few tiles at a time (a pass) and
+// deals K to its warps in chunks. Each warp has a ring of cp.async stages of its own, so nothing but the end of a pass
+// holds a warp up, and while the warps' sums meet there the ring already loads the next pass. Before pdl_wait() the
+// whole ring is filled: the memory stays busy while the previous kernel ends.
+//
+// W is the A operand of the mma (two tiles are its 16 rows) and the tokens are B's 8 columns: half the instructions of
+// the other way round. The order of k inside 32 elements is permuted alike for both, so that one 16-byte read feeds
+// two mmas. A token's result depends neither on the other tokens nor on how many there are, nor on the grid: each is a
+// column of its own, and the order in which k is summed is a function of K and of the variant's constants.
+#include "launch.h"
+
+namespace zmqexec {
+namespace {
+
+constexpr int MAX_STAGES = 4;
+constexpr int MAX_TOKENS = 32;
+
+enum class Epilogue : int { store = 0, add_residual = 1, silu_mul = 2, rope_write = 3 };
+
+struct SkinnyGemm {
+    const unsigned char* weight;       // [n, k]
+    const unsigned char* x;            // [m, k], rows x_stride elements apart
+    const unsigned char* norm_weight;  // [k], or null: no norm
+    const void* bias;                  // [n], or null
+    const void* residual;              // [m, n], rows residual_stride apart; may be out
+    void* out;                         // [m, n or n / 2 or q heads · head_dim], rows out_stride apart
+    void* cache;                       // [num_blocks, 2, kv_heads, block_size, head_dim]
+    const int32_t* slot_mapping;       // [m], -1: not cached
+    const int32_t* positions;          // [m]
+    const float* cos;                  // [max_position, head_dim / 2]
+    const float* sin;
+    int64_t x_stride, residual_stride, out_stride;
+    float eps;
+    int m, n, k;
+    Epilogue epilogue;
+    bool out_float;
+    int heads, kv_heads, head_dim, block_size;
+    // Tile i is the rows first..first+3 and first+second_rows..+3, with first = (i / group_tiles) · group_rows +
+    // (i % group_tiles) · 4: so that a thread of the epilogue holds gate and up, or both halves of a rotated pair.
+    int tiles, group_tiles, group_rows, second_rows;
+    int stages;
+    int l2_chunks;    // chunks per warp that are prefetched into L2 beside the ring
+    int x_slots;      // chunks of x per warp in shared memory: all of them, or as many as stages
+    bool x_streamed;  // x comes along with W in every pass instead of staying
+};
+
+// What a kernel is compiled for: the sizes above that the loops are unrolled over.
+template <int WARPS_, int TILES_, int CHUNK_>
+struct Shape {
+    static constexpr int WARPS = WARPS_, TILES = TILES_, CHUNK = CHUNK_;
+    static constexpr int THREADS = WARPS * 32;
+    static constexpr int ROWS = TILES * 8;                // of W in a stage
+    static constexpr int PIECES = CHUNK / 8;              // of 16 bytes, in a row of a stage
+    static constexpr int ROW_BYTES = CHUNK * 2;
+    static constexpr int STAGE_BYTES = ROWS * ROW_BYTES;
+    static constexpr int COPY_ROWS = 32 / PIECES;         // rows that a warp copies at once
+    static constexpr int COPIES = ROWS / COPY_ROWS;
+    static constexpr int SUMS_PITCH = ROWS + 4;           // floats; 4 lets a warp store its sums without conflicts
+};
+
+// Where a 16-byte piece lies: rows alternate between the two halves of 128 bytes, so that the eight threads of two
+// rows that are served together use all banks.
+template <class S>
+__device__ __forceinline__ int piece_offset(int row, int piece)
+{
+    return row * S::ROW_BYTES + (piece ^ ((row & 1) * 4)) * 16;
+}
+
+__device__ __forceinline__ uint4 shared_16(const unsigned char* address)
+{
+    return *reinterpret_cast<const uint4*>(address);
+}
+
+// At most stages - 1 groups stay under way: the oldest stage of a full ring has come.
+__device__ __forceinline__ void wait_for_oldest(int stages)
+{
+    switch (stages) {
+        case 1: cp_async_wait<0>(); break;
+        case 2: cp_async_wait<1>(); break;
+        case 3: cp_async_wait<2>(); break;
+        default: cp_async_wait<3>(); break;
+    }
+}
+
+template <class T>
+__device__ __forceinline__ float round_to(float value)
+{
+    return to_float<T>(from_float<T>(value));
+}
+
+template <class T>
+__device__ __forceinline__ float load_cg_float(const void* array, int64_t index)
+{
+    return unpack2<T>(load_cg_2(static_cast<const T*>(array) + index)).x;
+}
+
+// weight · T(x · scale), each product rounded to T: reference.py's rms_norm.
+template <class T>
+__device__ __forceinline__ uint32_t norm_2(uint32_t x, uint32_t weight, float scale)
+{
+    const float2 wide = unpack2<T>(x), w = unpack2<T>(weight);
+    const float2 rounded = unpack2<T>(pack2<T>(wide.x * scale, wide.y * scale));
+    return pack2<T>(w.x * rounded.x, w.y * rounded.y);
+}
+template <class T>
+__device__ __forceinline__ uint4 norm_8(uint4 x, uint4 weight, float scale)
+{
+    return make_uint4(norm_2<T>(x.x, weight.x, scale), norm_2<T>(x.y, weight.y, scale),
+                      norm_2<T>(x.z, weight.z, scale), norm_2<T>(x.w, weight.w, scale));
+}
+
+template <class T>
+__device__ __forceinline__ float sum_of_squares_8(uint4 x)
+{
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 pair = unpack2<T>(words[i]);
+        sum += pair.x * pair.x + pair.y * pair.y;
+    }
+    return sum;
+}
+
+// NT: groups of eight tokens. NORM_IN_LOOP: x is streamed and normalized wherever it is read; row m of each of its
+// slots is then the norm's weight.
+template <class T, class S, int NT, bool NORM_IN_LOOP>
+__global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) skinny_gemm_kernel(const SkinnyGemm p)
+{
+    SHARED_MEMORY(shared);
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int g = lane / 4, t = lane % 4;
+    const int copy_row = lane / S::PIECES, copy_piece = lane % S::PIECES;
+
+    const int x_rows = p.m + (NORM_IN_LOOP ? 1 : 0);
+    const int x_slot_bytes = x_rows * S::ROW_BYTES;
+    unsigned char* const ring = shared + warp * p.stages * S::STAGE_BYTES;
+    unsigned char* const x_ring = shared + S::WARPS * p.stages * S::STAGE_BYTES + warp * p.x_slots * x_slot_bytes;
+    const int warp_bytes = p.stages * S::STAGE_BYTES + p.x_slots * x_slot_bytes;
+    float* const sums = reinterpret_cast<float*>(shared + S::WARPS * warp_bytes);  // [WARPS, m, SUMS_PITCH]
+    float* const squares = sums + S::WARPS * p.m * S::SUMS_PITCH;                  // [WARPS, m]
+
+    const int first_tile = static_cast<int>(blockIdx.x * static_cast<unsigned>(p.tiles) / gridDim.x);
+    const int end_tile = static_cast<int>((blockIdx.x + 1) * static_cast<unsigned>(p.tiles) / gridDim.x);
+    const int passes = (end_tile - first_tile + S::TILES - 1) / S::TILES;
+    const int all_chunks = (p.k + S::CHUNK - 1) / S::CHUNK;
+    const int chunks = warp < all_chunks ? (all_chunks - warp + S::WARPS - 1) / S::WARPS : 0;  // of this warp
+    const auto chunk_k = [&](int chunk) { return (warp + chunk * S::WARPS) * S::CHUNK; };
+
+    // Loading W. Offsets are in units of 16 bytes, of which a row has k / 8.
+    const uint32_t row_units = static_cast<uint32_t>(p.k) / 8;
+    const uint32_t second_units = static_cast<uint32_t>(p.second_rows) * row_units;
+    unsigned char* const copy_target = ring + piece_offset<S>(copy_row, copy_piece);
+    uint32_t tile_units[S::TILES];  // this thread's first piece of each tile
+    uint32_t rows_inside = 0;       // bit i: copy i of this thread is a row of the pass
+    int load_pass = chunks > 0 ? 0 : passes, load_chunk = 0, load_slot = 0;
+
+    const auto begin_load_pass = [&] {
+        rows_inside = 0;
+#pragma unroll
+        for (int q = 0; q < S::TILES; q++) {
+            const int tile = first_tile + load_pass * S::TILES + q;
+            const int group = tile / p.group_tiles;
+            const int row = group * p.group_rows + (tile - group * p.group_tiles) * 4 + copy_row;
+            tile_units[q] = static_cast<uint32_t>(row) * row_units + static_cast<uint32_t>(copy_piece);
+#pragma unroll
+            for (int i = 0; i < 8 / S::COPY_ROWS; i++) {
+                const int in_tile = i * S::COPY_ROWS;
+                const int of_row = row + in_tile % 4 + (in_tile >= 4 ? p.second_rows : 0);
+                const bool inside = tile < end_tile && of_row < p.n;
+                rows_inside |= (inside ? 1u : 0u) << (q * (8 / S::COPY_ROWS) + i);
+            }
+        }
+    };
+    // Rows outside are left as they are: what comes of them is not stored. Columns outside have to be zeros.
+    const auto for_each_copy = [&](int chunk, auto&& copy) {
+        const uint32_t chunk_units = static_cast<uint32_t>(chunk_k(chunk) / 8);
+        const bool inside = chunk_k(chunk) + copy_piece * 8 < p.k;
+#pragma unroll
+        for (int i = 0; i < S::COPIES; i++) {
+            const int in_tile = i * S::COPY_ROWS % 8;
+            const uint32_t units = tile_units[i * S::COPY_ROWS / 8] + static_cast<uint32_t>(in_tile % 4) * row_units +
+                                   (in_tile >= 4 ? second_units : 0u) + chunk_units;
+            if (rows_inside >> i & 1) copy(i, p.weight + static_cast<uint64_t>(inside ? units : 0u) * 16, inside);
+        }
+    };
+    const auto x_row = [&](int row) {
+        return NORM_IN_LOOP && row == p.m ? p.norm_weight : p.x + static_cast<int64_t>(row) * p.x_stride * 2;
+    };
+    const bool x_in_first_pass = p.norm_weight == nullptr;  // else the norm has loaded all of it
+    const auto load_next = [&](bool with_x) {
+        if (load_pass < passes) {
+            for_each_copy(load_chunk, [&](int i, const unsigned char* from, bool inside) {
+                cp_async_16(copy_target + load_slot * S::STAGE_BYTES + i * S::COPY_ROWS * S::ROW_BYTES, from, inside);
+            });
+            if (with_x && (p.x_streamed || (load_pass == 0 && x_in_first_pass))) {
+                unsigned char* slot = x_ring + (p.x_streamed ? load_slot : load_chunk) * x_slot_bytes;
+                const int k = chunk_k(load_chunk) + copy_piece * 8;
+                for (int row = copy_row; row < x_rows; row += S::COPY_ROWS)
+                    cp_async_16(slot + piece_offset<S>(row, copy_piece), k < p.k ? x_row(row) + k * 2 : p.x, k < p.k);
+            }
+            load_slot = load_slot + 1 == p.stages ? 0 : load_slot + 1;
+            if (++load_chunk == chunks) {
+                load_chunk = 0;
+                if (++load_pass < passes) begin_load_pass();
+            }
+        }
+        cp_async_commit();
+    };
+
+    if (load_pass < passes) begin_load_pass();
+    for (int i = 0; i < p.stages; i++) load_next(false);
+    if (load_pass == 0 && copy_piece % 8 == 0) {
+        for (int i = 0; i < p.l2_chunks && load_chunk + i < chunks; i++)
+            for_each_copy(load_chunk + i, [](int, const unsigned char* from, bool) { prefetch_l2(from); });
+    }
+    pdl_wait();
+    pdl_launch_dependents();
+
+    float scale[NT] = {};  // of tokens g + 8 · i, NORM_IN_LOOP only
+    if (p.norm_weight != nullptr) {
+        const int pieces = chunks * S::PIECES;
+        const auto piece_k = [&](int piece) { return chunk_k(piece / S::PIECES) + piece % S::PIECES * 8; };
+        const auto x_piece = [&](int row, int piece) {
+            return x_ring + piece / S::PIECES * x_slot_bytes + piece_offset<S>(row, piece % S::PIECES);
+        };
+        // The weights are asked for now, to be there when the sums are.
+        constexpr int EARLY = 2;
+        uint4 early[EARLY];
+#pragma unroll
+        for (int i = 0; i < EARLY; i++) {
+            const int piece = lane + i * 32;
+            early[i] = make_uint4(0, 0, 0, 0);
+            if (!NORM_IN_LOOP && piece < pieces && piece_k(piece) < p.k)
+                early[i] = load_nc_16(p.norm_weight + piece_k(piece) * 2);
+        }
+        constexpr int TOKENS = 4, AHEAD = 2;  // eight loads under way
+        for (int token = 0; token < p.m; token += TOKENS) {
+            float sum[TOKENS] = {};
+            for (int begin = lane; begin < pieces; begin += AHEAD * 32) {
+                uint4 v[AHEAD][TOKENS];
+#pragma unroll
+                for (int a = 0; a < AHEAD; a++)
+#pragma unroll
+                    for (int i = 0; i < TOKENS; i++) {
+                        const int piece = begin + a * 32;
+                        v[a][i] = make_uint4(0, 0, 0, 0);
+                        if (token + i < p.m && piece < pieces && piece_k(piece) < p.k)
+                            v[a][i] = load_cg_16(x_row(token + i) + piece_k(piece) * 2);
+                    }
+#pragma unroll
+                for (int a = 0; a < AHEAD; a++)
+#pragma unroll
+                    for (int i = 0; i < TOKENS; i++) {
+                        const int piece = begin + a * 32;
+                        sum[i] += sum_of_squares_8<T>(v[a][i]);
+                        if (!NORM_IN_LOOP && token + i < p.m && piece < pieces)
+                            *reinterpret_cast<uint4*>(x_piece(token + i, piece)) = v[a][i];
+                    }
+            }
+#pragma unroll
+            for (int i = 0; i < TOKENS; i++) {
+                for (int distance = 16; distance > 0; distance /= 2)
+                    sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], distance);
+                if (lane == 0 && token + i < p.m) squares[warp * p.m + token + i] = sum[i];
+            }
+        }
+        __syncthreads();
+        const auto scale_of = [&](int token) {
+            float sum = 0;
+            for (int w = 0; w < S::WARPS; w++) sum += squares[w * p.m + token];
+            return 1.0f / sqrtf(sum / static_cast<float>(p.k) + p.eps);
+        };
+        if constexpr (NORM_IN_LOOP) {
+#pragma unroll
+            for (int i = 0; i < NT; i++) scale[i] = scale_of(g + i * 8 < p.m ? g + i * 8 : p.m - 1);
+        }
+        else {
+            for (int token = 0; token < p.m; token++) {
+                const float by = scale_of(token);
+                const auto apply = [&](int piece, uint4 weight) {
+                    uint4* at = reinterpret_cast<uint4*>(x_piece(token, piece));
+                    *at = norm_8<T>(*at, weight, by);
+                };
+#pragma unroll
+                for (int i = 0; i < EARLY; i++)
+                    if (lane + i * 32 < pieces) apply(lane + i * 32, early[i]);
+                for (int piece = lane + EARLY * 32; piece < pieces; piece += 32)
+                    if (piece_k(piece) < p.k) apply(piece, load_nc_16(p.norm_weight + piece_k(piece) * 2));
+            }
+        }
+    }
+    if (p.x_streamed || x_in_first_pass) {
+        // x of the stages that are under way: through registers, since waiting for a cp.async group would wait for
+        // all of W's groups before it.
+        for (int begin = copy_row; begin < x_rows; begin += 2 * S::COPY_ROWS) {
+            uint4 v[MAX_STAGES][2];
+            const auto for_each_piece = [&](auto&& function) {
+#pragma unroll
+                for (int s = 0; s < MAX_STAGES; s++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const int row = begin + i * S::COPY_ROWS;
+                        const int end = p.x_streamed ? passes * chunks : chunks;
+                        if (s < p.stages && s < end && row < x_rows) function(s, s % chunks, row, v[s][i]);
+                    }
+            };
+            for_each_piece([&](int, int chunk, int row, uint4& piece) {
+                const int k = chunk_k(chunk) + copy_piece * 8;
+                piece = k < p.k ? load_cg_16(x_row(row) + k * 2) : make_uint4(0, 0, 0, 0);
+            });
+            for_each_piece([&](int s, int, int row, const uint4& piece) {
+                *reinterpret_cast<uint4*>(x_ring + s * x_slot_bytes + piece_offset<S>(row, copy_piece)) = piece;
+            });
+        }
+    }
+
+    // Reading: this thread's rows of W's tiles and of x. Tokens past the last read that one, and are not stored.
+    const int w_read = piece_offset<S>(g, t);
+    int x_read[NT];
+#pragma unroll
+    for (int i = 0; i < NT; i++) x_read[i] = piece_offset<S>(g + i * 8 < p.m ? g + i * 8 : p.m - 1, t);
+    const int weight_read = piece_offset<S>(p.m, t);
+
+    int slot = 0;
+    for (int pass = 0; pass < passes; pass++) {
+        float c[S::TILES / 2][NT][4] = {};
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            wait_for_oldest(p.stages);
+            __syncwarp();
+            const unsigned char* const w = ring + slot * S::STAGE_BYTES;
+            const unsigned char* const x = x_ring + (p.x_streamed ? slot : chunk) * x_slot_bytes;
+            // Group 1 of a row's 32 elements is 64 bytes before or after group 0, group 2 is 128 after it.
+            const auto group_at = [](const unsigned char* base, int offset, int group) {
+                return shared_16(base + ((offset ^ group % 2 * 64) + group / 2 * 128));
+            };
+#pragma unroll
+            for (int group = 0; group < S::CHUNK / 32; group++) {
+                uint4 b[NT];
+#pragma unroll
+                for (int i = 0; i < NT; i++) b[i] = group_at(x, x_read[i], group);
+                if constexpr (NORM_IN_LOOP) {
+                    const uint4 weight = group_at(x, weight_read, group);
+#pragma unroll
+                    for (int i = 0; i < NT; i++) b[i] = norm_8<T>(b[i], weight, scale[i]);
+                }
+#pragma unroll
+                for (int q = 0; q < S::TILES / 2; q++) {
+                    const uint4 low = group_at(w + q * 16 * S::ROW_BYTES, w_read, group);
+                    const uint4 high = group_at(w + (q * 16 + 8) * S::ROW_BYTES, w_read, group);
+                    const uint32_t a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+#pragma unroll
+                    for (int i = 0; i < NT; i++) {
+                        mma_m16n8k16<T>(c[q][i], a[0], b[i].x, b[i].y);
+                        mma_m16n8k16<T>(c[q][i], a[1], b[i].z, b[i].w);
+                    }
+                }
+            }
+            __syncwarp();
+            load_next(true);
+            slot = slot + 1 == p.stages ? 0 : slot + 1;
+        }
+
+        // The warps' sums meet, always in the same order. A thread finishes two rows of a tile for one token.
+        constexpr int ITEMS = (S::TILES * 4 * NT * 8 + S::THREADS - 1) / S::THREADS;
+        const auto for_each_item = [&](auto&& function) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) {
+                const int item = static_cast<int>(threadIdx.x) + i * S::THREADS;
+                const int in_tile = item % 4, q = item / 4 % S::TILES, token = item / (4 * S::TILES);
+                const int tile = first_tile + pass * S::TILES + q;
+                if (token < p.m && tile < end_tile) function(i, token, q, in_tile, tile);
+            }
+        };
+        float residual[ITEMS][2] = {};
+        if (p.epilogue == Epilogue::add_residual)  // asked for before the barrier
+            for_each_item([&](int i, int token, int, int in_tile, int tile) {
+                const int64_t at = token * p.residual_stride + tile * 8 + in_tile;
+                if (tile * 8 + in_tile < p.n) residual[i][0] = load_cg_float<T>(p.residual, at);
+                if (tile * 8 + in_tile + 4 < p.n) residual[i][1] = load_cg_float<T>(p.residual, at + 4);
+            });
+        if (pass > 0) __syncthreads();  // all have read the sums of the pass before
+#pragma unroll
+        for (int q = 0; q < S::TILES / 2; q++)
+#pragma unroll
+            for (int i = 0; i < NT; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int token = i * 8 + 2 * t + e % 2, row = (2 * q + e / 2) * 8 + g;
+                    if (token < p.m) sums[(warp * p.m + token) * S::SUMS_PITCH + row] = c[q][i][e];
+                }
+        __syncthreads();
+        for_each_item([&](int i, int token, int q, int in_tile, int tile) {
+            const float* const from = sums + token * S::SUMS_PITCH + q * 8 + in_tile;
+            float low = 0, high = 0;
+#pragma unroll
+            for (int w = 0; w < S::WARPS; w++) {
+                low += from[w * p.m * S::SUMS_PITCH];
+                high += from[w * p.m * S::SUMS_PITCH + 4];
+            }
+            const int group = tile / p.group_tiles, in_group = (tile - group * p.group_tiles) * 4 + in_tile;
+            const int row = group * p.group_rows + in_group, second = row + p.second_rows;
+            const bool has_low = row < p.n, has_high = second < p.n;
+            if (p.bias != nullptr) {
+                if (has_low) low += to_float<T>(static_cast<const T*>(p.bias)[row]);
+                if (has_high) high += to_float<T>(static_cast<const T*>(p.bias)[second]);
+            }
+            T* const out = static_cast<T*>(p.out) + token * p.out_stride;
+            if (p.epilogue == Epilogue::store || p.epilogue == Epilogue::add_residual) {
+                if (p.epilogue == Epilogue::add_residual) {
+                    low += residual[i][0];
+                    high += residual[i][1];
+                }
+                if (p.out_float) {
+                    float* const wide = static_cast<float*>(p.out) + token * p.out_stride;
+                    if (has_low) wide[row] = low;
+                    if (has_high) wide[second] = high;
+                }
+                else {
+                    if (has_low) out[row] = from_float<T>(low);
+                    if (has_high) out[second] = from_float<T>(high);
+                }
+                return;
+            }
+            // From here on as if a kernel of its own read the rounded projection.
+            low = round_to<T>(low);
+            high = round_to<T>(high);
+            if (p.epilogue == Epilogue::silu_mul) {
+                const float silu = low / (1.0f + exp2_approx(low * -1.4426950408889634f));
+                out[row] = from_float<T>(round_to<T>(silu) * high);
+                return;
+            }
+            const int half = p.head_dim / 2;
+            if (group < p.heads + p.kv_heads) {
+                const int position = static_cast<int>(load_cg_4(p.positions + token));
+                const float cos = p.cos[static_cast<int64_t>(position) * half + in_group];
+                const float sin = p.sin[static_cast<int64_t>(position) * half + in_group];
+                const float rotated = low * cos - high * sin;
+                high = high * cos + low * sin;
+                low = rotated;
+            }
+            T* to = out + group * p.head_dim + in_group;
+            if (group >= p.heads) {
+                const int cache_slot = static_cast<int>(load_cg_4(p.slot_mapping + token));
+                if (cache_slot < 0) return;
+                const int is_value = group >= p.heads + p.kv_heads ? 1 : 0;
+                const int kv_head = group - p.heads - is_value * p.kv_heads;
+                const int block = cache_slot / p.block_size, offset = cache_slot - block * p.block_size;
+                const int64_t line = (static_cast<int64_t>(block) * 2 + is_value) * p.kv_heads + kv_head;
+                to = static_cast<T*>(p.cache) + (line * p.block_size + offset) * p.head_dim + in_group;
+            }
+            to[0] = from_float<T>(low);
+            to[half] = from_float<T>(high);
+        });
+    }
+}
+
+// Shapes that a call may name. 0 is what the layers use; the others are there to be measured beside it.
+template <class Function>
+const char* with_shape(int variant, Function&& function)
+{
+    switch (variant) {
+        case 0: return function(Shape<8, 4, 64>());
+        case 1: return function(Shape<12, 4, 64>());
+        case 2: return function(Shape<8, 2, 128>());
+        case 3: return function(Shape<8, 4, 128>());
+    }
+    throw BadArgument("variant is 0 to 3");
+}
+
+struct Limits {
+    std::size_t block_bytes;  // shared memory that a block may have
+    std::size_t share_bytes;  // and with which two blocks are on an SM
+};
+
+const char* shared_limits(Limits& limits)
+{
+    int per_block = 227 << 10, per_sm = 228 << 10;
+#ifdef __CUDACC__
+    static Limits known[64];
+    int device = 0;
+    if (const char* error = cuda_error(cudaGetDevice(&device), "cudaGetDevice")) return error;
+    if (device < 64 && known[device].block_bytes != 0) {
+        limits = known[device];
+        return nullptr;
+    }
+    cudaError_t status = cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status == cudaSuccess)
+        status = cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    if (const char* error = cuda_error(status, "cudaDeviceGetAttribute")) return error;
+#endif
+    limits = {static_cast<std::size_t>(per_block), static_cast<std::size_t>(per_sm / 2 - 1024)};
+#ifdef __CUDACC__
+    if (device < 64) known[device] = limits;
+#endif
+    return nullptr;
+}
+
+template <class S>
+std::size_t shared_bytes(const SkinnyGemm& p)
+{
+    const std::size_t x_rows = static_cast<std::size_t>(p.m + (p.norm_weight != nullptr && p.x_streamed ? 1 : 0));
+    const std::size_t m = static_cast<std::size_t>(p.m);
+    return S::WARPS * (static_cast<std::size_t>(p.stages) * S::STAGE_BYTES +
+                       static_cast<std::size_t>(p.x_slots) * x_rows * S::ROW_BYTES +
+                       m * S::SUMS_PITCH * sizeof(float) + m * sizeof(float));
+}
+
+// Sets stages and where x is, as asked or (0) chosen here; false where nothing fits.
+//
+// x stays in shared memory if a successor's block fits beside this one with it, otherwise it is streamed. It is also
+// streamed where there is one pass only: that costs nothing.
+template <class S>
+bool choose(SkinnyGemm& p, const Limits& limits, int blocks, int stages, int x_mode, std::size_t& bytes)
+{
+    const int resident_slots = divide_up(divide_up(p.k, S::CHUNK), S::WARPS);
+    const auto fits = [&](bool streamed, int with_stages, std::size_t most) {
+        p.x_streamed = streamed;
+        p.stages = with_stages;
+        p.x_slots = streamed ? with_stages : resident_slots;
+        bytes = shared_bytes<S>(p);
+        return bytes <= most;
+    };
+    const bool one_pass = divide_up(p.tiles, blocks) <= S::TILES && p.norm_weight == nullptr;
+    for (std::size_t most : {limits.share_bytes, limits.block_bytes})
+        for (int s : {3, 2, 1})
+            for (bool streamed : {false, true}) {
+                if (stages != 0 && s != 3) continue;
+                if (x_mode != 0 && streamed != (x_mode == 2)) continue;
+                if (x_mode == 0 && one_pass && !streamed) continue;
+                if (fits(streamed, stages != 0 ? stages : s, most)) return true;
+            }
+    return false;
+}
+
+template <class T, class S, int NT>
+const char* launch_kernel(const SkinnyGemm& p, int blocks, std::size_t bytes, Stream stream, bool pdl)
+{
+    const dim3 grid(static_cast<unsigned>(blocks)), block(S::THREADS);
+    if (p.norm_weight != nullptr && p.x_streamed)
+        return launch(skinny_gemm_kernel<T, S, NT, true>, grid, block, bytes, stream, pdl, p);
+    return launch(skinny_gemm_kernel<T, S, NT, false>, grid, block, bytes, stream, pdl, p);
+}
+
+const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int n, int k, int64_t x_stride,
+                        int64_t out_stride, Dtype dtype, bool out_float, const void* bias, const void* norm_weight,
+                        float eps, int epilogue, const void* residual, int64_t residual_stride, void* cache,
+                        const int32_t* slot_mapping, const int32_t* positions, const float* cos, const float* sin,
+                        int heads, int kv_heads, int head_dim, int block_size, int blocks, int variant, int stages,
+                        int x_mode, int l2_chunks, Stream stream, bool pdl)
+{
+    check_argument(dtype != Dtype::float32, "dtype is bfloat16 or float16");
+    check_argument(m >= 0 && m <= MAX_TOKENS, "m is 0 to 32");
+    check_argument(n >= 1 && k >= 8 && k % 8 == 0, "n is at least 1 and k a multiple of 8");
+    check_argument(is_aligned_16(weight) && is_aligned_16(x) && is_aligned_16(norm_weight), "addresses are 16-aligned");
+    check_argument(x_stride % 8 == 0, "x_stride is a multiple of 8");
+    check_argument(epilogue >= 0 && epilogue <= 3, "epilogue is 0 to 3");
+    check_argument(!out_float || epilogue == 0, "a float32 output is for epilogue 0");
+    check_argument(blocks >= 1 && stages >= 0 && stages <= MAX_STAGES && l2_chunks >= 0, "blocks, stages, l2_chunks");
+    check_argument(x_mode >= 0 && x_mode <= 2, "x_mode is 0 to 2");
+    if (m == 0) return nullptr;
+
+    SkinnyGemm p = {};
+    p.weight = static_cast<const unsigned char*>(weight);
+    p.x = static_cast<const unsigned char*>(x);
+    p.norm_weight = static_cast<const unsigned char*>(norm_weight);
+    p.bias = bias;
+    p.residual = residual;
+    p.out = out;
+    p.cache = cache;
+    p.slot_mapping = slot_mapping;
+    p.positions = positions;
+    p.cos = cos;
+    p.sin = sin;
+    p.x_stride = x_stride;
+    p.residual_stride = residual_stride;
+    p.out_stride = out_stride;
+    p.eps = eps;
+    p.m = m;
+    p.n = n;
+    p.k = k;
+    p.epilogue = static_cast<Epilogue>(epilogue);
+    p.out_float = out_float;
+    p.heads = heads;
+    p.kv_heads = kv_heads;
+    p.head_dim = head_dim;
+    p.block_size = block_size;
+    p.l2_chunks = l2_chunks;
+    p.tiles = divide_up(n, 8);
+    p.group_tiles = 1;
+    p.group_rows = 8;
+    p.second_rows = 4;
+    if (p.epilogue == Epilogue::add_residual) check_argument(residual != nullptr, "epilogue 1 needs a residual");
+    if (p.epilogue == Epilogue::silu_mul) {
+        check_argument(n % 8 == 0, "n is twice a multiple of 4 for epilogue 2");
+        p.group_tiles = p.tiles;
+        p.group_rows = 0;
+        p.second_rows = n / 2;
+    }
+    if (p.epilogue == Epilogue::rope_write) {
+        check_argument(head_dim >= 8 && head_dim % 8 == 0 && heads >= 0 && kv_heads >= 0 && block_size >= 1 &&
+                           n == (heads + 2 * kv_heads) * head_dim,
+                       "n is (heads + 2 · kv_heads) · head_dim and head_dim a multiple of 8 for epilogue 3");
+        check_argument(cache != nullptr && slot_mapping != nullptr && positions != nullptr && cos != nullptr &&
+                           sin != nullptr,
+                       "epilogue 3 needs cache, slot_mapping, positions, cos and sin");
+        p.group_tiles = head_dim / 8;
+        p.group_rows = head_dim;
+        p.second_rows = head_dim / 2;
+    }
+    blocks = std::min(blocks, p.tiles);
+
+    Limits limits = {};
+    if (const char* error = shared_limits(limits)) return error;
+    return with_shape(variant, [&](auto shape) -> const char* {
+        using S = decltype(shape);
+        std::size_t bytes = 0;
+        if (!choose<S>(p, limits, blocks, stages, x_mode, bytes))
+            return "the shared memory does not hold m tokens of k elements; use the library's matrix product";
+        return with_dtype(dtype, [&](auto* type) -> const char* {
+            using T = std::remove_pointer_t<decltype(type)>;
+            if constexpr (!std::is_same_v<T, float>) {
+                if (m <= 8) return launch_kernel<T, S, 1>(p, blocks, bytes, stream, pdl);
+                if constexpr (S::WARPS == 8 && S::CHUNK == 64) {
+                    if (m <= 16) return launch_kernel<T, S, 2>(p, blocks, bytes, stream, pdl);
+                    return launch_kernel<T, S, 4>(p, blocks, bytes, stream, pdl);
+                }
+            }
+            return "variants other than 0 are for m up to 8";
+        });
+    });
+}
+BINDING(skinny_gemm,
+        "skinny_gemm(weight, x, out, m, n, k, x_stride, out_stride, dtype, out_float, bias, norm_weight, eps, "
+        "epilogue, residual, residual_stride, cache, slot_mapping, positions, cos, sin, heads, kv_heads, head_dim, "
+        "block_size, blocks, variant, stages, x_mode, l2_chunks, stream, pdl)\n\n"
+        "out = epilogue(norm(x) · weightᵀ + bias) for m <= 32 tokens; weight [n, k], x [m, k], strides in elements.\n"
+        "norm_weight 0: no norm. epilogue 0: store; 1: + residual; 2: silu(first half of n) · second half; 3: n is\n"
+        "packed q, k, v heads: rotated q to out, rotated k and v to cache [num_blocks, 2, kv_heads, block_size,\n"
+        "head_dim]. blocks: the SM count. variant, stages, x_mode (1: x stays in shared memory, 2: streamed) and\n"
+        "l2_chunks (prefetched per warp) are for measurements, 0: as chosen.")
+
+}  // namespace
+}  // namespace zmqexec
