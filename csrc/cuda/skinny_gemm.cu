@@ -41,6 +41,7 @@ struct SkinnyGemm {
     // (i % group_tiles) · 4: so that a thread of the epilogue holds gate and up, or both halves of a rotated pair.
     int tiles, group_tiles, group_rows, second_rows;
     int stages;
+    bool evict_first; // W leaves L2 before other data
     int l2_chunks;    // chunks per warp that are prefetched into L2 beside the ring
     int x_slots;      // chunks of x per warp in shared memory: all of them, or as many as stages
     bool x_streamed;  // x comes along with W in every pass instead of staying
@@ -57,7 +58,7 @@ struct Shape {
     static constexpr int STAGE_BYTES = ROWS * ROW_BYTES;
     static constexpr int COPY_ROWS = 32 / PIECES;         // rows that a warp copies at once
     static constexpr int COPIES = ROWS / COPY_ROWS;
-    static constexpr int SUMS_PITCH = ROWS + 4;           // floats; 4 lets a warp store its sums without conflicts
+    static constexpr int SUMS_PITCH = WARPS * ROWS + 4;   // floats of a token; 4 lets a warp store without conflicts
 };
 
 // Where a 16-byte piece lies: rows alternate between the two halves of 128 bytes, so that the eight threads of two
@@ -76,12 +77,10 @@ __device__ __forceinline__ uint4 shared_16(const unsigned char* address)
 // At most stages - 1 groups stay under way: the oldest stage of a full ring has come.
 __device__ __forceinline__ void wait_for_oldest(int stages)
 {
-    switch (stages) {
-        case 1: cp_async_wait<0>(); break;
-        case 2: cp_async_wait<1>(); break;
-        case 3: cp_async_wait<2>(); break;
-        default: cp_async_wait<3>(); break;
-    }
+    if (stages == 3) cp_async_wait<2>();
+    else if (stages == 2) cp_async_wait<1>();
+    else if (stages == 1) cp_async_wait<0>();
+    else cp_async_wait<3>();
 }
 
 template <class T>
@@ -139,8 +138,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     unsigned char* const ring = shared + warp * p.stages * S::STAGE_BYTES;
     unsigned char* const x_ring = shared + S::WARPS * p.stages * S::STAGE_BYTES + warp * p.x_slots * x_slot_bytes;
     const int warp_bytes = p.stages * S::STAGE_BYTES + p.x_slots * x_slot_bytes;
-    float* const sums = reinterpret_cast<float*>(shared + S::WARPS * warp_bytes);  // [WARPS, m, SUMS_PITCH]
-    float* const squares = sums + S::WARPS * p.m * S::SUMS_PITCH;                  // [WARPS, m]
+    float* const sums = reinterpret_cast<float*>(shared + S::WARPS * warp_bytes);  // [m, WARPS, ROWS], padded
+    float* const squares = sums + p.m * S::SUMS_PITCH;                             // [WARPS, m]
 
     const int first_tile = static_cast<int>(blockIdx.x * static_cast<unsigned>(p.tiles) / gridDim.x);
     const int end_tile = static_cast<int>((blockIdx.x + 1) * static_cast<unsigned>(p.tiles) / gridDim.x);
@@ -155,6 +154,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     unsigned char* const copy_target = ring + piece_offset<S>(copy_row, copy_piece);
     uint32_t tile_units[S::TILES];  // this thread's first piece of each tile
     uint32_t rows_inside = 0;       // bit i: copy i of this thread is a row of the pass
+    const uint64_t policy = l2_policy(p.evict_first);
     int load_pass = chunks > 0 ? 0 : passes, load_chunk = 0, load_slot = 0;
 
     const auto begin_load_pass = [&] {
@@ -193,11 +193,13 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     const auto load_next = [&](bool with_x) {
         if (load_pass < passes) {
             for_each_copy(load_chunk, [&](int i, const unsigned char* from, bool inside) {
-                cp_async_16(copy_target + load_slot * S::STAGE_BYTES + i * S::COPY_ROWS * S::ROW_BYTES, from, inside);
+                cp_async_16(copy_target + load_slot * S::STAGE_BYTES + i * S::COPY_ROWS * S::ROW_BYTES, from, inside,
+                            policy);
             });
             if (with_x && (p.x_streamed || (load_pass == 0 && x_in_first_pass))) {
                 unsigned char* slot = x_ring + (p.x_streamed ? load_slot : load_chunk) * x_slot_bytes;
                 const int k = chunk_k(load_chunk) + copy_piece * 8;
+#pragma unroll 1
                 for (int row = copy_row; row < x_rows; row += S::COPY_ROWS)
                     cp_async_16(slot + piece_offset<S>(row, copy_piece), k < p.k ? x_row(row) + k * 2 : p.x, k < p.k);
             }
@@ -236,7 +238,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             if (!NORM_IN_LOOP && piece < pieces && piece_k(piece) < p.k)
                 early[i] = load_nc_16(p.norm_weight + piece_k(piece) * 2);
         }
-        constexpr int TOKENS = 4, AHEAD = 2;  // eight loads under way
+        constexpr int TOKENS = NORM_IN_LOOP ? 4 : 2, AHEAD = 2;  // as many loads under way as registers allow
         for (int token = 0; token < p.m; token += TOKENS) {
             float sum[TOKENS] = {};
             for (int begin = lane; begin < pieces; begin += AHEAD * 32) {
@@ -389,7 +391,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const int token = i * 8 + 2 * t + e % 2, row = (2 * q + e / 2) * 8 + g;
-                    if (token < p.m) sums[(warp * p.m + token) * S::SUMS_PITCH + row] = c[q][i][e];
+                    if (token < p.m) sums[token * S::SUMS_PITCH + warp * S::ROWS + row] = c[q][i][e];
                 }
         __syncthreads();
         for_each_item([&](int i, int token, int q, int in_tile, int tile) {
@@ -397,8 +399,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             float low = 0, high = 0;
 #pragma unroll
             for (int w = 0; w < S::WARPS; w++) {
-                low += from[w * p.m * S::SUMS_PITCH];
-                high += from[w * p.m * S::SUMS_PITCH + 4];
+                low += from[w * S::ROWS];
+                high += from[w * S::ROWS + 4];
             }
             const int group = tile / p.group_tiles, in_group = (tile - group * p.group_tiles) * 4 + in_tile;
             const int row = group * p.group_rows + in_group, second = row + p.second_rows;
@@ -504,8 +506,8 @@ std::size_t shared_bytes(const SkinnyGemm& p)
     const std::size_t x_rows = static_cast<std::size_t>(p.m + (p.norm_weight != nullptr && p.x_streamed ? 1 : 0));
     const std::size_t m = static_cast<std::size_t>(p.m);
     return S::WARPS * (static_cast<std::size_t>(p.stages) * S::STAGE_BYTES +
-                       static_cast<std::size_t>(p.x_slots) * x_rows * S::ROW_BYTES +
-                       m * S::SUMS_PITCH * sizeof(float) + m * sizeof(float));
+                       static_cast<std::size_t>(p.x_slots) * x_rows * S::ROW_BYTES + m * sizeof(float)) +
+           m * S::SUMS_PITCH * sizeof(float);
 }
 
 // Sets stages and where x is, as asked or (0) chosen here; false where nothing fits.
@@ -549,7 +551,7 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
                         float eps, int epilogue, const void* residual, int64_t residual_stride, void* cache,
                         const int32_t* slot_mapping, const int32_t* positions, const float* cos, const float* sin,
                         int heads, int kv_heads, int head_dim, int block_size, int blocks, int variant, int stages,
-                        int x_mode, int l2_chunks, Stream stream, bool pdl)
+                        int x_mode, int l2_chunks, bool evict_first, Stream stream, bool pdl)
 {
     check_argument(dtype != Dtype::float32, "dtype is bfloat16 or float16");
     check_argument(m >= 0 && m <= MAX_TOKENS, "m is 0 to 32");
@@ -588,6 +590,7 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
     p.head_dim = head_dim;
     p.block_size = block_size;
     p.l2_chunks = l2_chunks;
+    p.evict_first = evict_first;
     p.tiles = divide_up(n, 8);
     p.group_tiles = 1;
     p.group_rows = 8;
@@ -635,12 +638,13 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
 BINDING(skinny_gemm,
         "skinny_gemm(weight, x, out, m, n, k, x_stride, out_stride, dtype, out_float, bias, norm_weight, eps, "
         "epilogue, residual, residual_stride, cache, slot_mapping, positions, cos, sin, heads, kv_heads, head_dim, "
-        "block_size, blocks, variant, stages, x_mode, l2_chunks, stream, pdl)\n\n"
+        "block_size, blocks, variant, stages, x_mode, l2_chunks, evict_first, stream, pdl)\n\n"
         "out = epilogue(norm(x) · weightᵀ + bias) for m <= 32 tokens; weight [n, k], x [m, k], strides in elements.\n"
         "norm_weight 0: no norm. epilogue 0: store; 1: + residual; 2: silu(first half of n) · second half; 3: n is\n"
         "packed q, k, v heads: rotated q to out, rotated k and v to cache [num_blocks, 2, kv_heads, block_size,\n"
-        "head_dim]. blocks: the SM count. variant, stages, x_mode (1: x stays in shared memory, 2: streamed) and\n"
-        "l2_chunks (prefetched per warp) are for measurements, 0: as chosen.")
+        "head_dim]. blocks: the SM count. variant, stages, x_mode (1: x stays in shared memory, 2: streamed), l2_chunks\n"
+        "(prefetched per warp) and evict_first (what is read of weight leaves L2 first) are for measurements; 0: as\n"
+        "chosen here.")
 
 }  // namespace
 }  // namespace zmqexec

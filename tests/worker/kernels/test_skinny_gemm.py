@@ -26,6 +26,7 @@ TUNINGS = st.builds(
     stages=st.sampled_from([0, 0, 1, 2, 3, 4]),
     x_mode=st.sampled_from([0, 0, 1, 2]),
     l2_chunks=st.sampled_from([0, 3]),
+    evict_first=st.booleans(),
     blocks=st.one_of(st.integers(1, 3), st.just(0)),
 )
 SEEDS = st.integers(0, 1 << 30)
@@ -80,7 +81,7 @@ def assert_close(out, expected, dtype, ulps=2):
     torch.testing.assert_close(out.cpu().float(), expected.float(), rtol=eps, atol=eps)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     m=TOKENS,
     n=st.integers(1, 200),
@@ -108,7 +109,7 @@ def test_linear(kernels_impl, m, n, k, dtype, out_float, with_bias, with_norm, p
 
 
 @pytest.mark.parametrize("variant", [1, 2, 3])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(m=st.integers(1, 8), n=st.integers(1, 150), k=IN_FEATURES, with_norm=st.booleans(), tuning=TUNINGS, seed=SEEDS)
 def test_other_variants(kernels_impl, variant, m, n, k, with_norm, tuning, seed):
     layer = Layer(kernels_impl, m, n, k, torch.bfloat16, seed, with_norm=with_norm)
@@ -165,7 +166,7 @@ def test_linear_silu_mul(kernels_impl, m, inner, k, dtype, with_bias, with_norm,
     assert_only_written(memory, out)
 
 
-@settings(max_examples=35, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     m=TOKENS,
     kv_heads=st.integers(1, 3),
