@@ -32,7 +32,7 @@ _STORE, _ADD_RESIDUAL, _SILU_MUL, _ROPE_WRITE = range(4)
 class Tuning:
     """How the kernel runs; the result's bits depend on `variant` alone.
 
-    variant      0: 8 warps, 32 rows × 64 elements of k in a warp's stage; 1: 12 warps; 2: 16 rows × 128; 3: 32 rows × 128
+    variant      0: 8 warps, 32 rows × 64 elements of k in a stage; 1: 12 warps; 2: 16 rows × 128; 3: 32 rows × 128
     stages       1 to 4 stages of a warp's ring; 0: as many as leave room for a successor's block on the SM, at most 3
     x_mode       1: x stays in shared memory, 2: it is streamed beside the weights; 0: chosen by the room it takes
     l2_chunks    how many chunks per warp beyond the ring are prefetched into L2 before the kernel waits
