@@ -221,6 +221,27 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     pdl_wait();
     pdl_launch_dependents();
 
+    // What the epilogue does is dealt to threads in items: two rows of a tile for one token. What it needs from memory
+    // is asked for before the loops whose end needs it.
+    constexpr int ITEMS = (S::TILES * 4 * NT * 8 + S::THREADS - 1) / S::THREADS;
+    const auto for_each_item = [&](int pass, auto&& function) {
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int item = static_cast<int>(threadIdx.x) + i * S::THREADS;
+            const int in_tile = item % 4, q = item / 4 % S::TILES, token = item / (4 * S::TILES);
+            const int tile = first_tile + pass * S::TILES + q;
+            if (token < p.m && tile < end_tile) function(i, token, q, in_tile, tile);
+        }
+    };
+    const bool rope = p.epilogue == Epilogue::rope_write;
+    const int half = p.head_dim / 2;
+    int position[ITEMS] = {}, cache_slot[ITEMS] = {};
+    if (rope)
+        for_each_item(0, [&](int i, int token, int, int, int) {
+            position[i] = static_cast<int>(load_cg_4(p.positions + token));
+            cache_slot[i] = static_cast<int>(load_cg_4(p.slot_mapping + token));
+        });
+
     float scale[NT] = {};  // of tokens g + 8 · i, NORM_IN_LOOP only
     if (p.norm_weight != nullptr) {
         const int pieces = chunks * S::PIECES;
@@ -300,14 +321,17 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
         for (int begin = copy_row; begin < x_rows; begin += 2 * S::COPY_ROWS) {
             uint4 v[MAX_STAGES][2];
             const auto for_each_piece = [&](auto&& function) {
+                const int end = min(p.stages, p.x_streamed ? passes * chunks : chunks);
+                int chunk = 0;
 #pragma unroll
-                for (int s = 0; s < MAX_STAGES; s++)
+                for (int s = 0; s < MAX_STAGES; s++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         const int row = begin + i * S::COPY_ROWS;
-                        const int end = p.x_streamed ? passes * chunks : chunks;
-                        if (s < p.stages && s < end && row < x_rows) function(s, s % chunks, row, v[s][i]);
+                        if (s < end && row < x_rows) function(s, chunk, row, v[s][i]);
                     }
+                    chunk = chunk + 1 == chunks ? 0 : chunk + 1;
+                }
             };
             for_each_piece([&](int, int chunk, int row, uint4& piece) {
                 const int k = chunk_k(chunk) + copy_piece * 8;
@@ -328,6 +352,21 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 
     int slot = 0;
     for (int pass = 0; pass < passes; pass++) {
+        float addend[ITEMS][2] = {};  // the residual, or cosine and sine
+        if (p.epilogue == Epilogue::add_residual)
+            for_each_item(pass, [&](int i, int token, int, int in_tile, int tile) {
+                const int row = tile * 8 + in_tile;
+                const int64_t at = token * p.residual_stride + row;
+                if (row < p.n) addend[i][0] = load_cg_float<T>(p.residual, at);
+                if (row + 4 < p.n) addend[i][1] = load_cg_float<T>(p.residual, at + 4);
+            });
+        if (rope)
+            for_each_item(pass, [&](int i, int, int, int in_tile, int tile) {
+                const int64_t at = static_cast<int64_t>(position[i]) * half + tile % p.group_tiles * 4 + in_tile;
+                addend[i][0] = p.cos[at];
+                addend[i][1] = p.sin[at];
+            });
+
         float c[S::TILES / 2][NT][4] = {};
         for (int chunk = 0; chunk < chunks; chunk++) {
             wait_for_oldest(p.stages);
@@ -365,24 +404,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             slot = slot + 1 == p.stages ? 0 : slot + 1;
         }
 
-        // The warps' sums meet, always in the same order. A thread finishes two rows of a tile for one token.
-        constexpr int ITEMS = (S::TILES * 4 * NT * 8 + S::THREADS - 1) / S::THREADS;
-        const auto for_each_item = [&](auto&& function) {
-#pragma unroll
-            for (int i = 0; i < ITEMS; i++) {
-                const int item = static_cast<int>(threadIdx.x) + i * S::THREADS;
-                const int in_tile = item % 4, q = item / 4 % S::TILES, token = item / (4 * S::TILES);
-                const int tile = first_tile + pass * S::TILES + q;
-                if (token < p.m && tile < end_tile) function(i, token, q, in_tile, tile);
-            }
-        };
-        float residual[ITEMS][2] = {};
-        if (p.epilogue == Epilogue::add_residual)  // asked for before the barrier
-            for_each_item([&](int i, int token, int, int in_tile, int tile) {
-                const int64_t at = token * p.residual_stride + tile * 8 + in_tile;
-                if (tile * 8 + in_tile < p.n) residual[i][0] = load_cg_float<T>(p.residual, at);
-                if (tile * 8 + in_tile + 4 < p.n) residual[i][1] = load_cg_float<T>(p.residual, at + 4);
-            });
+        // The warps' sums meet, always in the same order.
         if (pass > 0) __syncthreads();  // all have read the sums of the pass before
 #pragma unroll
         for (int q = 0; q < S::TILES / 2; q++)
@@ -394,7 +416,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
                     if (token < p.m) sums[token * S::SUMS_PITCH + warp * S::ROWS + row] = c[q][i][e];
                 }
         __syncthreads();
-        for_each_item([&](int i, int token, int q, int in_tile, int tile) {
+        for_each_item(pass, [&](int i, int token, int q, int in_tile, int tile) {
             const float* const from = sums + token * S::SUMS_PITCH + q * 8 + in_tile;
             float low = 0, high = 0;
 #pragma unroll
@@ -412,8 +434,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             T* const out = static_cast<T*>(p.out) + token * p.out_stride;
             if (p.epilogue == Epilogue::store || p.epilogue == Epilogue::add_residual) {
                 if (p.epilogue == Epilogue::add_residual) {
-                    low += residual[i][0];
-                    high += residual[i][1];
+                    low += addend[i][0];
+                    high += addend[i][1];
                 }
                 if (p.out_float) {
                     float* const wide = static_cast<float*>(p.out) + token * p.out_stride;
@@ -434,22 +456,18 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
                 out[row] = from_float<T>(round_to<T>(silu) * high);
                 return;
             }
-            const int half = p.head_dim / 2;
             if (group < p.heads + p.kv_heads) {
-                const int position = static_cast<int>(load_cg_4(p.positions + token));
-                const float cos = p.cos[static_cast<int64_t>(position) * half + in_group];
-                const float sin = p.sin[static_cast<int64_t>(position) * half + in_group];
+                const float cos = addend[i][0], sin = addend[i][1];
                 const float rotated = low * cos - high * sin;
                 high = high * cos + low * sin;
                 low = rotated;
             }
             T* to = out + group * p.head_dim + in_group;
             if (group >= p.heads) {
-                const int cache_slot = static_cast<int>(load_cg_4(p.slot_mapping + token));
-                if (cache_slot < 0) return;
+                if (cache_slot[i] < 0) return;
                 const int is_value = group >= p.heads + p.kv_heads ? 1 : 0;
                 const int kv_head = group - p.heads - is_value * p.kv_heads;
-                const int block = cache_slot / p.block_size, offset = cache_slot - block * p.block_size;
+                const int block = cache_slot[i] / p.block_size, offset = cache_slot[i] - block * p.block_size;
                 const int64_t line = (static_cast<int64_t>(block) * 2 + is_value) * p.kv_heads + kv_head;
                 to = static_cast<T*>(p.cache) + (line * p.block_size + offset) * p.head_dim + in_group;
             }
@@ -532,6 +550,8 @@ bool choose(SkinnyGemm& p, const Limits& limits, int blocks, int stages, int x_m
                 if (stages != 0 && s != 3) continue;
                 if (x_mode != 0 && streamed != (x_mode == 2)) continue;
                 if (x_mode == 0 && one_pass && !streamed) continue;
+                // One stage computes or loads, but never both: not for a successor's sake.
+                if (stages == 0 && s == 1 && most != limits.block_bytes) continue;
                 if (fits(streamed, stages != 0 ? stages : s, most)) return true;
             }
     return false;
