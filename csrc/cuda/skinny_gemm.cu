@@ -110,6 +110,8 @@ __device__ __forceinline__ uint4 norm_8(uint4 x, uint4 weight, float scale)
                       norm_2<T>(x.z, weight.z, scale), norm_2<T>(x.w, weight.w, scale));
 }
 
+// Spelled out where a compiler could contract one way here and another way in another kernel: a token's bits must not
+// depend on which kernel the number of tokens selects.
 template <class T>
 __device__ __forceinline__ float sum_of_squares_8(uint4 x)
 {
@@ -118,7 +120,7 @@ __device__ __forceinline__ float sum_of_squares_8(uint4 x)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 pair = unpack2<T>(words[i]);
-        sum += pair.x * pair.x + pair.y * pair.y;
+        sum = fmaf(pair.y, pair.y, fmaf(pair.x, pair.x, sum));
     }
     return sum;
 }
@@ -213,6 +215,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     };
 
     if (load_pass < passes) begin_load_pass();
+#pragma unroll 1
     for (int i = 0; i < p.stages; i++) load_next(false);
     if (load_pass == 0 && copy_piece % 8 == 0) {
         for (int i = 0; i < p.l2_chunks && load_chunk + i < chunks; i++)
@@ -260,8 +263,10 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
                 early[i] = load_nc_16(p.norm_weight + piece_k(piece) * 2);
         }
         constexpr int TOKENS = NORM_IN_LOOP ? 4 : 2, AHEAD = 2;  // as many loads under way as registers allow
+#pragma unroll 1
         for (int token = 0; token < p.m; token += TOKENS) {
             float sum[TOKENS] = {};
+#pragma unroll 1
             for (int begin = lane; begin < pieces; begin += AHEAD * 32) {
                 uint4 v[AHEAD][TOKENS];
 #pragma unroll
@@ -301,6 +306,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             for (int i = 0; i < NT; i++) scale[i] = scale_of(g + i * 8 < p.m ? g + i * 8 : p.m - 1);
         }
         else {
+#pragma unroll 1
             for (int token = 0; token < p.m; token++) {
                 const float by = scale_of(token);
                 const auto apply = [&](int piece, uint4 weight) {
@@ -310,6 +316,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 #pragma unroll
                 for (int i = 0; i < EARLY; i++)
                     if (lane + i * 32 < pieces) apply(lane + i * 32, early[i]);
+#pragma unroll 1
                 for (int piece = lane + EARLY * 32; piece < pieces; piece += 32)
                     if (piece_k(piece) < p.k) apply(piece, load_nc_16(p.norm_weight + piece_k(piece) * 2));
             }
@@ -318,6 +325,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     if (p.x_streamed || x_in_first_pass) {
         // x of the stages that are under way: through registers, since waiting for a cp.async group would wait for
         // all of W's groups before it.
+#pragma unroll 1
         for (int begin = copy_row; begin < x_rows; begin += 2 * S::COPY_ROWS) {
             uint4 v[MAX_STAGES][2];
             const auto for_each_piece = [&](auto&& function) {
@@ -458,8 +466,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             }
             if (group < p.heads + p.kv_heads) {
                 const float cos = addend[i][0], sin = addend[i][1];
-                const float rotated = low * cos - high * sin;
-                high = high * cos + low * sin;
+                const float rotated = __fmul_rn(low, cos) - __fmul_rn(high, sin);
+                high = __fmul_rn(high, cos) + __fmul_rn(low, sin);
                 low = rotated;
             }
             T* to = out + group * p.head_dim + in_group;
