@@ -70,16 +70,23 @@ inline const char* current_capability(int& device, int& capability)
     return nullptr;
 }
 
-// A block may use more than 48 KB only after asking, once per kernel and device.
-inline const char* allow_shared_memory(const void* kernel, int device, std::size_t bytes)
+// Once per kernel and device, and again when a block needs more shared memory: above 48 KB one has to ask.
+//
+// All kernels want the same split of L1 and shared memory, the largest: an SM must be idle to change it, so that a
+// kernel with another split could not start beside the end of its predecessor.
+inline const char* prepare(const void* kernel, int device, std::size_t bytes)
 {
-    if (bytes <= 48 * 1024) return nullptr;
     static std::map<std::pair<const void*, int>, std::size_t> allowed;
-    std::size_t& limit = allowed[{kernel, device}];
-    if (bytes <= limit) return nullptr;
+    const auto [entry, is_new] = allowed.try_emplace({kernel, device}, 48 * 1024);
+    if (is_new) {
+        cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                  cudaSharedmemCarveoutMaxShared);
+        if (const char* error = cuda_error(status, "cudaFuncSetAttribute(carve-out)")) return error;
+    }
+    if (bytes <= entry->second) return nullptr;
     cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (status == cudaSuccess) limit = bytes;
+    if (status == cudaSuccess) entry->second = bytes;
     return cuda_error(status, "cudaFuncSetAttribute(shared memory)");
 }
 
@@ -93,7 +100,7 @@ const char* launch(void (*kernel)(A...), dim3 grid, dim3 block, std::size_t shar
     int device = 0, capability = 0;
     if (const char* error = current_capability(device, capability)) return error;
     const void* address = reinterpret_cast<const void*>(kernel);
-    if (const char* error = allow_shared_memory(address, device, shared_bytes)) return error;
+    if (const char* error = prepare(address, device, shared_bytes)) return error;
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;

@@ -110,6 +110,8 @@ __device__ __forceinline__ uint4 norm_8(uint4 x, uint4 weight, float scale)
                       norm_2<T>(x.z, weight.z, scale), norm_2<T>(x.w, weight.w, scale));
 }
 
+// Spelled out where a compiler could contract one way here and another way in another kernel: a token's bits must not
+// depend on which kernel the number of tokens selects.
 template <class T>
 __device__ __forceinline__ float sum_of_squares_8(uint4 x)
 {
@@ -118,7 +120,7 @@ __device__ __forceinline__ float sum_of_squares_8(uint4 x)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 pair = unpack2<T>(words[i]);
-        sum += pair.x * pair.x + pair.y * pair.y;
+        sum = fmaf(pair.y, pair.y, fmaf(pair.x, pair.x, sum));
     }
     return sum;
 }
@@ -213,6 +215,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     };
 
     if (load_pass < passes) begin_load_pass();
+#pragma unroll 1
     for (int i = 0; i < p.stages; i++) load_next(false);
     if (load_pass == 0 && copy_piece % 8 == 0) {
         for (int i = 0; i < p.l2_chunks && load_chunk + i < chunks; i++)
@@ -220,6 +223,27 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     }
     pdl_wait();
     pdl_launch_dependents();
+
+    // What the epilogue does is dealt to threads in items: two rows of a tile for one token. What it needs from memory
+    // is asked for before the loops whose end needs it.
+    constexpr int ITEMS = (S::TILES * 4 * NT * 8 + S::THREADS - 1) / S::THREADS;
+    const auto for_each_item = [&](int pass, auto&& function) {
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int item = static_cast<int>(threadIdx.x) + i * S::THREADS;
+            const int in_tile = item % 4, q = item / 4 % S::TILES, token = item / (4 * S::TILES);
+            const int tile = first_tile + pass * S::TILES + q;
+            if (token < p.m && tile < end_tile) function(i, token, q, in_tile, tile);
+        }
+    };
+    const bool rope = p.epilogue == Epilogue::rope_write;
+    const int half = p.head_dim / 2;
+    int position[ITEMS] = {}, cache_slot[ITEMS] = {};
+    if (rope)
+        for_each_item(0, [&](int i, int token, int, int, int) {
+            position[i] = static_cast<int>(load_cg_4(p.positions + token));
+            cache_slot[i] = static_cast<int>(load_cg_4(p.slot_mapping + token));
+        });
 
     float scale[NT] = {};  // of tokens g + 8 · i, NORM_IN_LOOP only
     if (p.norm_weight != nullptr) {
@@ -239,8 +263,10 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
                 early[i] = load_nc_16(p.norm_weight + piece_k(piece) * 2);
         }
         constexpr int TOKENS = NORM_IN_LOOP ? 4 : 2, AHEAD = 2;  // as many loads under way as registers allow
+#pragma unroll 1
         for (int token = 0; token < p.m; token += TOKENS) {
             float sum[TOKENS] = {};
+#pragma unroll 1
             for (int begin = lane; begin < pieces; begin += AHEAD * 32) {
                 uint4 v[AHEAD][TOKENS];
 #pragma unroll
@@ -280,6 +306,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             for (int i = 0; i < NT; i++) scale[i] = scale_of(g + i * 8 < p.m ? g + i * 8 : p.m - 1);
         }
         else {
+#pragma unroll 1
             for (int token = 0; token < p.m; token++) {
                 const float by = scale_of(token);
                 const auto apply = [&](int piece, uint4 weight) {
@@ -289,6 +316,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 #pragma unroll
                 for (int i = 0; i < EARLY; i++)
                     if (lane + i * 32 < pieces) apply(lane + i * 32, early[i]);
+#pragma unroll 1
                 for (int piece = lane + EARLY * 32; piece < pieces; piece += 32)
                     if (piece_k(piece) < p.k) apply(piece, load_nc_16(p.norm_weight + piece_k(piece) * 2));
             }
@@ -297,17 +325,21 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     if (p.x_streamed || x_in_first_pass) {
         // x of the stages that are under way: through registers, since waiting for a cp.async group would wait for
         // all of W's groups before it.
+#pragma unroll 1
         for (int begin = copy_row; begin < x_rows; begin += 2 * S::COPY_ROWS) {
             uint4 v[MAX_STAGES][2];
             const auto for_each_piece = [&](auto&& function) {
+                const int end = min(p.stages, p.x_streamed ? passes * chunks : chunks);
+                int chunk = 0;
 #pragma unroll
-                for (int s = 0; s < MAX_STAGES; s++)
+                for (int s = 0; s < MAX_STAGES; s++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         const int row = begin + i * S::COPY_ROWS;
-                        const int end = p.x_streamed ? passes * chunks : chunks;
-                        if (s < p.stages && s < end && row < x_rows) function(s, s % chunks, row, v[s][i]);
+                        if (s < end && row < x_rows) function(s, chunk, row, v[s][i]);
                     }
+                    chunk = chunk + 1 == chunks ? 0 : chunk + 1;
+                }
             };
             for_each_piece([&](int, int chunk, int row, uint4& piece) {
                 const int k = chunk_k(chunk) + copy_piece * 8;
@@ -328,6 +360,21 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 
     int slot = 0;
     for (int pass = 0; pass < passes; pass++) {
+        float addend[ITEMS][2] = {};  // the residual, or cosine and sine
+        if (p.epilogue == Epilogue::add_residual)
+            for_each_item(pass, [&](int i, int token, int, int in_tile, int tile) {
+                const int row = tile * 8 + in_tile;
+                const int64_t at = token * p.residual_stride + row;
+                if (row < p.n) addend[i][0] = load_cg_float<T>(p.residual, at);
+                if (row + 4 < p.n) addend[i][1] = load_cg_float<T>(p.residual, at + 4);
+            });
+        if (rope)
+            for_each_item(pass, [&](int i, int, int, int in_tile, int tile) {
+                const int64_t at = static_cast<int64_t>(position[i]) * half + tile % p.group_tiles * 4 + in_tile;
+                addend[i][0] = p.cos[at];
+                addend[i][1] = p.sin[at];
+            });
+
         float c[S::TILES / 2][NT][4] = {};
         for (int chunk = 0; chunk < chunks; chunk++) {
             wait_for_oldest(p.stages);
@@ -365,24 +412,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             slot = slot + 1 == p.stages ? 0 : slot + 1;
         }
 
-        // The warps' sums meet, always in the same order. A thread finishes two rows of a tile for one token.
-        constexpr int ITEMS = (S::TILES * 4 * NT * 8 + S::THREADS - 1) / S::THREADS;
-        const auto for_each_item = [&](auto&& function) {
-#pragma unroll
-            for (int i = 0; i < ITEMS; i++) {
-                const int item = static_cast<int>(threadIdx.x) + i * S::THREADS;
-                const int in_tile = item % 4, q = item / 4 % S::TILES, token = item / (4 * S::TILES);
-                const int tile = first_tile + pass * S::TILES + q;
-                if (token < p.m && tile < end_tile) function(i, token, q, in_tile, tile);
-            }
-        };
-        float residual[ITEMS][2] = {};
-        if (p.epilogue == Epilogue::add_residual)  // asked for before the barrier
-            for_each_item([&](int i, int token, int, int in_tile, int tile) {
-                const int64_t at = token * p.residual_stride + tile * 8 + in_tile;
-                if (tile * 8 + in_tile < p.n) residual[i][0] = load_cg_float<T>(p.residual, at);
-                if (tile * 8 + in_tile + 4 < p.n) residual[i][1] = load_cg_float<T>(p.residual, at + 4);
-            });
+        // The warps' sums meet, always in the same order.
         if (pass > 0) __syncthreads();  // all have read the sums of the pass before
 #pragma unroll
         for (int q = 0; q < S::TILES / 2; q++)
@@ -394,7 +424,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
                     if (token < p.m) sums[token * S::SUMS_PITCH + warp * S::ROWS + row] = c[q][i][e];
                 }
         __syncthreads();
-        for_each_item([&](int i, int token, int q, int in_tile, int tile) {
+        for_each_item(pass, [&](int i, int token, int q, int in_tile, int tile) {
             const float* const from = sums + token * S::SUMS_PITCH + q * 8 + in_tile;
             float low = 0, high = 0;
 #pragma unroll
@@ -412,8 +442,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             T* const out = static_cast<T*>(p.out) + token * p.out_stride;
             if (p.epilogue == Epilogue::store || p.epilogue == Epilogue::add_residual) {
                 if (p.epilogue == Epilogue::add_residual) {
-                    low += residual[i][0];
-                    high += residual[i][1];
+                    low += addend[i][0];
+                    high += addend[i][1];
                 }
                 if (p.out_float) {
                     float* const wide = static_cast<float*>(p.out) + token * p.out_stride;
@@ -434,22 +464,18 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
                 out[row] = from_float<T>(round_to<T>(silu) * high);
                 return;
             }
-            const int half = p.head_dim / 2;
             if (group < p.heads + p.kv_heads) {
-                const int position = static_cast<int>(load_cg_4(p.positions + token));
-                const float cos = p.cos[static_cast<int64_t>(position) * half + in_group];
-                const float sin = p.sin[static_cast<int64_t>(position) * half + in_group];
-                const float rotated = low * cos - high * sin;
-                high = high * cos + low * sin;
+                const float cos = addend[i][0], sin = addend[i][1];
+                const float rotated = __fmul_rn(low, cos) - __fmul_rn(high, sin);
+                high = __fmul_rn(high, cos) + __fmul_rn(low, sin);
                 low = rotated;
             }
             T* to = out + group * p.head_dim + in_group;
             if (group >= p.heads) {
-                const int cache_slot = static_cast<int>(load_cg_4(p.slot_mapping + token));
-                if (cache_slot < 0) return;
+                if (cache_slot[i] < 0) return;
                 const int is_value = group >= p.heads + p.kv_heads ? 1 : 0;
                 const int kv_head = group - p.heads - is_value * p.kv_heads;
-                const int block = cache_slot / p.block_size, offset = cache_slot - block * p.block_size;
+                const int block = cache_slot[i] / p.block_size, offset = cache_slot[i] - block * p.block_size;
                 const int64_t line = (static_cast<int64_t>(block) * 2 + is_value) * p.kv_heads + kv_head;
                 to = static_cast<T*>(p.cache) + (line * p.block_size + offset) * p.head_dim + in_group;
             }
@@ -532,6 +558,8 @@ bool choose(SkinnyGemm& p, const Limits& limits, int blocks, int stages, int x_m
                 if (stages != 0 && s != 3) continue;
                 if (x_mode != 0 && streamed != (x_mode == 2)) continue;
                 if (x_mode == 0 && one_pass && !streamed) continue;
+                // One stage computes or loads, but never both: not for a successor's sake.
+                if (stages == 0 && s == 1 && most != limits.block_bytes) continue;
                 if (fits(streamed, stages != 0 ? stages : s, most)) return true;
             }
     return false;

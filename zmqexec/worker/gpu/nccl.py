@@ -192,8 +192,11 @@ class NcclCollectives:
 
     def _join_nccl(self, nccl: Any, timeout_s: float) -> None:
         if self.rank == 0:
-            self._store.set("gpu nccl", ",".join(map(str, nccl.get_unique_id())))
-        unique_id = tuple(map(int, self._store.get("gpu nccl").decode().split(",")))
+            own = nccl.get_unique_id()
+            # Bytes in cupy 14, signed numbers in a tuple before.
+            self._store.set("gpu nccl", " ".join(map(str, (int(isinstance(own, bytes)), *own))))
+        kind, *numbers = map(int, self._store.get("gpu nccl").decode().split())
+        unique_id = bytes(numbers) if kind else tuple(numbers)
 
         def join() -> Any:
             torch.cuda.set_device(self.rank)  # of this thread
