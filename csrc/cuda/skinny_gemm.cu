@@ -156,7 +156,6 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     unsigned char* const copy_target = ring + piece_offset<S>(copy_row, copy_piece);
     uint32_t tile_units[S::TILES];  // this thread's first piece of each tile
     uint32_t rows_inside = 0;       // bit i: copy i of this thread is a row of the pass
-    const uint64_t policy = l2_policy(p.evict_first);
     int load_pass = chunks > 0 ? 0 : passes, load_chunk = 0, load_slot = 0;
 
     const auto begin_load_pass = [&] {
@@ -195,8 +194,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     const auto load_next = [&](bool with_x) {
         if (load_pass < passes) {
             for_each_copy(load_chunk, [&](int i, const unsigned char* from, bool inside) {
-                cp_async_16(copy_target + load_slot * S::STAGE_BYTES + i * S::COPY_ROWS * S::ROW_BYTES, from, inside,
-                            policy);
+                cp_async_16(copy_target + load_slot * S::STAGE_BYTES + i * S::COPY_ROWS * S::ROW_BYTES, from, inside);
             });
             if (with_x && (p.x_streamed || (load_pass == 0 && x_in_first_pass))) {
                 unsigned char* slot = x_ring + (p.x_streamed ? load_slot : load_chunk) * x_slot_bytes;
