@@ -160,8 +160,8 @@ class GpuLlama:
 
     def _forward_skinny(self, hidden: torch.Tensor, places: Places, cache: list[torch.Tensor]) -> torch.Tensor:
         ops, eps = self._ops, self._eps
-        # Padded rows keep what is here: it must be finite.
-        attended = hidden.new_zeros((len(hidden), self._num_heads, self._head_dim))
+        # Padded rows of it keep whatever is there; a row's product reaches no other row.
+        attended = hidden.new_empty((len(hidden), self._num_heads, self._head_dim))
         for layer, layer_cache in zip(self._weights.layers, cache, strict=True):
             query = ops.qkv_rope_write(
                 hidden, layer.qkv, layer.qkv_bias, (layer.input_norm, eps), layer_cache, places, self._num_heads

@@ -108,7 +108,7 @@ def padded_decode_attention(
     keys, values = (cache[blocks, part, :, offsets].transpose(1, 2) for part in range(2))
     grouped = query.reshape(len(query), num_kv_heads, -1, query.shape[-1])
     mask = inside.view(len(query), 1, 1, length)
-    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).view_as(query)
+    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(query.shape)
 
 
 def paged_attention(
