@@ -265,10 +265,11 @@ BINDING(attention_plan,
         "plan, tickets  buffers of attention_workspace_bytes; every ticket becomes 0\n"
         "context_lens   [num_rows]              int32, tokens including the new ones; 0: a padded row, left out\n"
         "row_slots      [num_rows], or 0        int32, the row of the block tables; 0: row i is slot i\n"
-        "query_starts   [num_rows + 1], or 0    int32, row i's tokens of q are [starts[i], starts[i + 1]); 0: one each\n\n"
-        "num_rows <= 1024. window: tokens that a query sees, itself included (0: all). fixed_split_tokens (a multiple of\n"
-        "64): contexts are split at its multiples, so that a row's result does not depend on the others; 0: as fills the\n"
-        "GPU best, in parts of at least min_split_tiles tiles of 16 tokens (a multiple of 4), the last at least 4.");
+        "query_starts   [num_rows + 1], or 0    int32, row i has tokens [starts[i], starts[i + 1]); 0: one each\n\n"
+        "num_rows <= 1024. window: tokens that a query sees, itself included (0: all). fixed_split_tokens (a multiple\n"
+        "of 64): contexts are split at its multiples, so that a row's result does not depend on the others; 0: as\n"
+        "fills the GPU best, in parts of at least min_split_tiles tiles of 16 tokens (a multiple of 4), the last of\n"
+        "at least 4.");
 
 }  // namespace
 }  // namespace zmqexec

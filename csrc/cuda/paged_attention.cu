@@ -193,7 +193,7 @@ __device__ __forceinline__ void accumulate(const AttentionArguments& a, const Wa
 
     meanwhile();
 
-    // Rows 0..7 then 8..15 of the left chunk, then of the right one: what mma wants of queries, and (transposed) values.
+    // Rows 0..7 then 8..15 of the left chunk, then of the right one: what mma wants of queries and transposed values.
     const int down_then_right = Layout::offset(lane % 16, lane / 16);
     const int right_then_down = Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);  // of keys
     uint32_t queries[K_STEPS][4];
@@ -361,14 +361,17 @@ __device__ __forceinline__ void merge(const AttentionArguments& a, const WarpSta
         const int r = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
         float highest_top = NEVER, sum = 0.0f;
         float4 weighted = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        auto of_warp = [&](int w) { return reinterpret_cast<const float*>(shared + w * SLOTS * TileLayout<HEAD_DIM>::BYTES); };
+        auto of_warp = [&](int w) {
+            return reinterpret_cast<const float*>(shared + w * SLOTS * TileLayout<HEAD_DIM>::BYTES);
+        };
 #pragma unroll
         for (int w = 0; w < WARPS; w++) highest_top = fmaxf(highest_top, of_warp(w)[r]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
             const float factor = exp2_approx(of_warp(w)[r] - highest_top);
             sum += factor * of_warp(w)[16 + r];
-            add_scaled(weighted, factor, *reinterpret_cast<const float4*>(of_warp(w) + 32 + r * RESULT_STRIDE<HEAD_DIM> + column));
+            const float* out = of_warp(w) + 32 + r * RESULT_STRIDE<HEAD_DIM>;
+            add_scaled(weighted, factor, *reinterpret_cast<const float4*>(out + column));
         }
         if (part.count == 1) {
             write(r, column, weighted, sum);
@@ -424,6 +427,14 @@ __device__ __forceinline__ void merge(const AttentionArguments& a, const WarpSta
     }
 }
 
+// The warp's lanes copy a record to shared memory.
+template <class Record>
+__device__ __forceinline__ void fetch(Record& to, const Record* from, int lane)
+{
+    if (lane < static_cast<int>(sizeof(Record) / 16))
+        reinterpret_cast<uint4*>(&to)[lane] = load_cg_16(reinterpret_cast<const uint4*>(from) + lane);
+}
+
 // Two blocks of 128 threads leave 256 threads of the next kernel 104 registers each. __launch_bounds__ cannot say 152.
 #if defined(__CUDACC__) && CUDART_VERSION >= 12040
 #define REGISTERS(warps, head_dim) __maxnreg__((head_dim) == 256 ? 255 : 152)
@@ -439,9 +450,7 @@ __global__ void REGISTERS(WARPS, HEAD_DIM) paged_attention_kernel(const Attentio
     pdl_launch_dependents();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     WarpState& state = reinterpret_cast<WarpState*>(shared + RING_BYTES<HEAD_DIM, WARPS, SLOTS>)[warp];
-    constexpr int PLAN_PIECES = sizeof(PlanBlock) / 16, ROW_PIECES = sizeof(PlanRow) / 16;
-    if (lane < PLAN_PIECES)
-        reinterpret_cast<uint4*>(&state.plan)[lane] = load_cg_16(reinterpret_cast<const uint4*>(a.blocks + blockIdx.x) + lane);
+    fetch(state.plan, a.blocks + blockIdx.x, lane);
     __syncwarp();
     PlanBlock& plan = state.plan;
     const PlanRow& row = plan.first;
@@ -504,9 +513,7 @@ __global__ void REGISTERS(WARPS, HEAD_DIM) paged_attention_kernel(const Attentio
                 plan.item = next_row ? 0 : item + 1;
                 plan.row = row_number;
             }
-            if (next_row && lane < ROW_PIECES)
-                reinterpret_cast<uint4*>(&plan.first)[lane] =
-                    load_cg_16(reinterpret_cast<const uint4*>(a.rows + row_number) + lane);
+            if (next_row) fetch(plan.first, a.rows + row_number, lane);
             __syncwarp();
         }
     }
@@ -523,9 +530,10 @@ struct Variant {
 template <int HEAD_DIM, int WARPS, int SLOTS>
 Variant variant_of(int blocks_per_sm)
 {
-    return {HEAD_DIM, WARPS, SLOTS, blocks_per_sm,
-            RING_BYTES<HEAD_DIM, WARPS, SLOTS> + WARPS * static_cast<int>(sizeof(WarpState)),
-            {paged_attention_kernel<bf16, HEAD_DIM, WARPS, SLOTS>, paged_attention_kernel<fp16, HEAD_DIM, WARPS, SLOTS>}};
+    const int shared_bytes = RING_BYTES<HEAD_DIM, WARPS, SLOTS> + WARPS * static_cast<int>(sizeof(WarpState));
+    auto* of_bf16 = paged_attention_kernel<bf16, HEAD_DIM, WARPS, SLOTS>;
+    auto* of_fp16 = paged_attention_kernel<fp16, HEAD_DIM, WARPS, SLOTS>;
+    return {HEAD_DIM, WARPS, SLOTS, blocks_per_sm, shared_bytes, {of_bf16, of_fp16}};
 }
 
 // The first of a head dim is number 0, the default.
@@ -549,8 +557,8 @@ const char* attention_grid(int head_dim, int variant, std::vector<int64_t>& resu
 }
 BINDING(attention_grid,
         "attention_grid(head_dim, variant)\n\n"
-        "(blocks per SM, warps per block, slots per warp, shared bytes per block) of a variant of paged_attention. The\n"
-        "num_blocks of attention_plan and paged_attention is the first times the number of SMs. Variant 0 is the\n"
+        "(blocks per SM, warps per block, slots per warp, shared bytes per block) of a variant of paged_attention.\n"
+        "The num_blocks of attention_plan and paged_attention is the first times the number of SMs. Variant 0 is the\n"
         "default; the others are there to be measured.");
 
 // Of queries that share a KV head.
@@ -625,22 +633,23 @@ const char* paged_attention(void* out, const void* q, const void* cache, const v
                   chosen.shared_bytes, stream, pdl, a);
 }
 BINDING(paged_attention,
-        "paged_attention(out, q, cache, block_tables, alibi_slopes, plan, tickets, partials, q_stride, table_stride,\n"
-        "                num_kv_heads, group, head_dim, block_size, window, scale, softcap, max_query_len, num_blocks,\n"
-        "                variant, dtype, stream, pdl)\n\n"
+        "paged_attention(out, q, cache, block_tables, alibi_slopes, plan, tickets, partials, q_stride,\n"
+        "                table_stride, num_kv_heads, group, head_dim, block_size, window, scale, softcap,\n"
+        "                max_query_len, num_blocks, variant, dtype, stream, pdl)\n\n"
         "Attention of new tokens over their sequences' paged KV cache, which holds them already: one layer.\n\n"
-        "out           [num_tokens, num_heads, head_dim]                          dtype; rows of no sequence are not written\n"
-        "q             [num_tokens, num_heads, head_dim], rows q_stride apart      dtype\n"
-        "cache         [cache_blocks, 2, num_kv_heads, block_size, head_dim]       dtype; keys, then values\n"
+        "out           [num_tokens, num_heads, head_dim]                      dtype\n"
+        "q             [num_tokens, num_heads, head_dim], rows q_stride apart  dtype\n"
+        "cache         [cache_blocks, 2, num_kv_heads, block_size, head_dim]   dtype; keys, then values\n"
         "block_tables  [num_slots, table_stride]  int32; entries without a token that is seen are not read\n"
         "alibi_slopes  [num_heads], or 0          float32\n"
         "plan, tickets, partials                  attention_plan's, of the same window, heads and num_blocks\n\n"
         "num_heads = num_kv_heads · group; query head h reads KV head h / group. head_dim 64, 80, 96, 128 or 256,\n"
         "block_size a multiple of 16. Query token i of a row with n sees the tokens up to context_len - n + i (and of\n"
-        "them the last `window`). Logits: scale · q·k, then softcap · tanh(logit / softcap) (softcap 0: not), then ALiBi\n"
-        "(Press et al. 2022, arXiv:2108.12409). No row has more query tokens than max_query_len. Float32 inside, softmax\n"
-        "weights rounded to dtype. Layout: Kwon et al. 2023 (arXiv:2309.06180). Reference: kernels/reference.py,\n"
-        "tolerance 2e-2 (bfloat16) or 4e-3 (float16) of the largest value.");
+        "them the last `window`). Rows of out that are of no sequence, or of a padded row, are left as they are.\n"
+        "Logits: scale · q·k, then softcap · tanh(logit / softcap) (softcap 0: not), then ALiBi (Press et al. 2022,\n"
+        "arXiv:2108.12409). No row has more query tokens than max_query_len. Float32 inside, softmax weights rounded\n"
+        "to dtype. Layout: Kwon et al. 2023 (arXiv:2309.06180). Reference: kernels/reference.py, tolerance 1e-2\n"
+        "(bfloat16) or 2e-3 (float16) of the largest value.");
 
 }  // namespace
 }  // namespace zmqexec
