@@ -663,6 +663,29 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
         });
     });
 }
+const char* skinny_gemm_plan(int m, int n, int k, bool with_norm, int blocks, int variant, int stages, int x_mode,
+                             std::vector<int64_t>& plan)
+{
+    SkinnyGemm p = {};
+    p.m = m;
+    p.k = k;
+    p.tiles = divide_up(n, 8);
+    p.norm_weight = with_norm ? reinterpret_cast<const unsigned char*>(16) : nullptr;  // only asked whether it is there
+    Limits limits = {};
+    if (const char* error = shared_limits(limits)) return error;
+    return with_shape(variant, [&](auto shape) -> const char* {
+        using S = decltype(shape);
+        std::size_t bytes = 0;
+        if (choose<S>(p, limits, std::min(blocks, p.tiles), stages, x_mode, bytes))
+            plan = {p.stages, p.x_streamed ? 1 : 0, static_cast<int64_t>(bytes)};
+        return nullptr;
+    });
+}
+BINDING(skinny_gemm_plan,
+        "skinny_gemm_plan(m, n, k, with_norm, blocks, variant, stages, x_mode)\n\n"
+        "What skinny_gemm would run with: (stages, 1 where x is streamed, bytes of shared memory), or () where nothing\n"
+        "fits.")
+
 BINDING(skinny_gemm,
         "skinny_gemm(weight, x, out, m, n, k, x_stride, out_stride, dtype, out_float, bias, norm_weight, eps, "
         "epilogue, residual, residual_stride, cache, slot_mapping, positions, cos, sin, heads, kv_heads, head_dim, "

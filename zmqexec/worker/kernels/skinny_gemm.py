@@ -161,7 +161,7 @@ def qkv_rope_write(
     weight        [(num_heads + 2 · num_kv_heads) · head_dim, in]  heads of query, key and value; head_dim % 8 == 0
     cache         [num_blocks, 2, num_kv_heads, block_size, head_dim]  as x
     slot_mapping  [num_tokens]  int32, block · block_size + place in the block; -1: not cached
-    positions     [num_tokens]  int32, rows of cos and sin
+    positions     [num_tokens]  int32, rows of cos and sin; also those of padding
     cos, sin      [max_position, head_dim / 2]  float32
     returns       [num_tokens, num_heads, head_dim]  as x: `out`, or a new tensor
 
