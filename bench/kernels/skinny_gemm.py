@@ -62,7 +62,9 @@ def check(device: torch.device) -> list[Row]:
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+        values = (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+        torch.cuda.synchronize()  # weights may be read before the kernel just before has ended
+        return values
 
     def compared(out: torch.Tensor, expected: torch.Tensor, ulps: float = 4) -> Row:
         error = float((out.float() - expected.float()).abs().max() / expected.float().abs().max())
@@ -195,6 +197,7 @@ def check(device: torch.device) -> list[Row]:
 
 def captured(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         function()
     stream.synchronize()

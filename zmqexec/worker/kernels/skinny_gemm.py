@@ -9,6 +9,9 @@ results near 1: 2 units in the last place, after a rotation 4, after the activat
 
 A token's result has the same bits for any number of tokens beside it and for any number of SMs.
 
+With programmatic dependent launch the weights are read before the previous kernel on the stream has ended: it must not
+be what writes them.
+
 Every matrix is [out, in] and contiguous; x may be a strided view with contiguous rows of a multiple of 16 bytes.
 """
 
