@@ -221,6 +221,17 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
         for (int i = 0; i < p.l2_chunks && load_chunk + i < chunks; i++)
             for_each_copy(load_chunk + i, [](int, const unsigned char* from, bool) { prefetch_l2(from); });
     }
+    // Read once per step, so that L2 has lost them: asked for now, there when the norm and the epilogue want them.
+    if (p.norm_weight != nullptr)
+        for (int chunk = lane; chunk < chunks; chunk += 32) prefetch_l2(p.norm_weight + chunk_k(chunk) * 2);
+    if (p.bias != nullptr)
+        for (int tile = first_tile + static_cast<int>(threadIdx.x); tile < end_tile; tile += S::THREADS) {
+            const int group = tile / p.group_tiles;
+            const int row = group * p.group_rows + (tile - group * p.group_tiles) * 4;
+            const T* const bias = static_cast<const T*>(p.bias);
+            prefetch_l2(bias + row);
+            if (row + p.second_rows < p.n) prefetch_l2(bias + row + p.second_rows);
+        }
     pdl_wait();
     pdl_launch_dependents();
 
