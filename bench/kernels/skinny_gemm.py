@@ -9,6 +9,7 @@ each matrix: torch.mm (cuBLAS) in a graph of the same kind, and the time of its 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import traceback
@@ -61,7 +62,9 @@ def check(device: torch.device) -> list[Row]:
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+        values = (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+        torch.cuda.synchronize()  # weights may be read before the kernel just before has ended
+        return values
 
     def compared(out: torch.Tensor, expected: torch.Tensor, ulps: float = 4) -> Row:
         error = float((out.float() - expected.float()).abs().max() / expected.float().abs().max())
@@ -194,6 +197,7 @@ def check(device: torch.device) -> list[Row]:
 
 def captured(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         function()
     stream.synchronize()
@@ -244,6 +248,7 @@ class Chain:
         self.num_heads = HEADS // tp
         self.start = random(m, HIDDEN)
         self.hidden = self.start.clone()
+        self.normed = self.start.clone()
         self.query = random(m, self.num_heads, HEAD_DIM)
         self.inner = random(m, INNER // tp)
         self.cache = random(m, 2, self.num_heads, 16, HEAD_DIM)
@@ -256,18 +261,31 @@ class Chain:
     def reset(self) -> None:
         self.hidden.copy_(self.start)
 
-    def run(self, tuning: Tuning) -> None:
+    def run(self, tuning: Tuning, *, separate_norm: bool = False) -> None:
+        norm = None if separate_norm else self.norm
+        x = self.normed if separate_norm else self.hidden
         for weights in self.layers:
+            if separate_norm:
+                self.rms_norm(tuning.pdl)
             sg.qkv_rope_write(
-                *(self.hidden, weights["qkv"], None, self.cache, self.slots, self.positions, self.cos, self.sin),
+                *(x, weights["qkv"], None, self.cache, self.slots, self.positions, self.cos, self.sin),
                 num_heads=self.num_heads,
-                norm=self.norm,
+                norm=norm,
                 out=self.query,
                 tuning=tuning,
             )
             sg.linear_residual_(self.hidden, self.query.flatten(1), weights["o"], tuning=tuning)
-            sg.linear_silu_mul(self.hidden, weights["gate_up"], norm=self.norm, out=self.inner, tuning=tuning)
+            if separate_norm:
+                self.rms_norm(tuning.pdl)
+            sg.linear_silu_mul(x, weights["gate_up"], norm=norm, out=self.inner, tuning=tuning)
             sg.linear_residual_(self.hidden, self.inner, weights["down"], tuning=tuning)
+
+    def rms_norm(self, pdl: bool) -> None:
+        module = importlib.import_module("zmqexec._cuda")
+        rows, cols = self.hidden.shape
+        addresses = (self.normed.data_ptr(), 0, self.hidden.data_ptr(), self.norm.weight.data_ptr())
+        stream = torch.cuda.current_stream().cuda_stream
+        module.rms_norm(*addresses, rows, cols, cols, self.norm.eps, module.BFLOAT16, stream, pdl)
 
     def run_mm(self) -> None:
         """The products alone, by cuBLAS."""
@@ -316,7 +334,12 @@ def measure(device: torch.device) -> list[Row]:
                     sg.linear(x, weight, out=out, tuning=tuning)
 
         us = graph_us(run) / copies
-        return {"us": us, "gb_s": 2 * n * k / us / 1e3, "floor_us": 2 * n * k / bandwidth * 1e6}
+        row: Row = {"us": us, "gb_s": 2 * n * k / us / 1e3, "floor_us": 2 * n * k / bandwidth * 1e6}
+        if tuning is not None and device.type == "cuda":
+            module = importlib.import_module("zmqexec._cuda")
+            plan = module.skinny_gemm_plan(m, n, k, False, module.device_info(device.index or 0)[0], 0, 0, 0)
+            row |= dict(zip(("stages", "x_streamed", "shared_bytes"), plan, strict=False))
+        return row
 
     for tp in (1, 2, 4):
         for name, (n, k) in matrices(tp).items():
@@ -345,6 +368,15 @@ def measure(device: torch.device) -> list[Row]:
                     rows,
                     case | {"by": name},
                     lambda chain=chain, tuning=tuning: per_layer(lambda: chain.run(tuning)),
+                )
+            # A short kernel in between, as an all-reduce would be: what is prefetched meanwhile?
+            for name in ("default", "no PDL", "L2 + 2", "L2 + 5"):
+                guarded(
+                    rows,
+                    case | {"by": f"separate norm, {name}"},
+                    lambda chain=chain, tuning=CHAIN_TUNINGS[name]: per_layer(
+                        lambda: chain.run(tuning, separate_norm=True)
+                    ),
                 )
     return rows
 

@@ -219,6 +219,17 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
         for (int i = 0; i < p.l2_chunks && load_chunk + i < chunks; i++)
             for_each_copy(load_chunk + i, [](int, const unsigned char* from, bool) { prefetch_l2(from); });
     }
+    // Read once per step, so that L2 has lost them: asked for now, there when the norm and the epilogue want them.
+    if (p.norm_weight != nullptr)
+        for (int chunk = lane; chunk < chunks; chunk += 32) prefetch_l2(p.norm_weight + chunk_k(chunk) * 2);
+    if (p.bias != nullptr)
+        for (int tile = first_tile + static_cast<int>(threadIdx.x); tile < end_tile; tile += S::THREADS) {
+            const int group = tile / p.group_tiles;
+            const int row = group * p.group_rows + (tile - group * p.group_tiles) * 4;
+            const T* const bias = static_cast<const T*>(p.bias);
+            prefetch_l2(bias + row);
+            if (row + p.second_rows < p.n) prefetch_l2(bias + row + p.second_rows);
+        }
     pdl_wait();
     pdl_launch_dependents();
 
@@ -661,6 +672,29 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
         });
     });
 }
+const char* skinny_gemm_plan(int m, int n, int k, bool with_norm, int blocks, int variant, int stages, int x_mode,
+                             std::vector<int64_t>& plan)
+{
+    SkinnyGemm p = {};
+    p.m = m;
+    p.k = k;
+    p.tiles = divide_up(n, 8);
+    p.norm_weight = with_norm ? reinterpret_cast<const unsigned char*>(16) : nullptr;  // only asked whether it is there
+    Limits limits = {};
+    if (const char* error = shared_limits(limits)) return error;
+    return with_shape(variant, [&](auto shape) -> const char* {
+        using S = decltype(shape);
+        std::size_t bytes = 0;
+        if (choose<S>(p, limits, std::min(blocks, p.tiles), stages, x_mode, bytes))
+            plan = {p.stages, p.x_streamed ? 1 : 0, static_cast<int64_t>(bytes)};
+        return nullptr;
+    });
+}
+BINDING(skinny_gemm_plan,
+        "skinny_gemm_plan(m, n, k, with_norm, blocks, variant, stages, x_mode)\n\n"
+        "What skinny_gemm would run with: (stages, 1 where x is streamed, bytes of shared memory), or () where nothing\n"
+        "fits.")
+
 BINDING(skinny_gemm,
         "skinny_gemm(weight, x, out, m, n, k, x_stride, out_stride, dtype, out_float, bias, norm_weight, eps, "
         "epilogue, residual, residual_stride, cache, slot_mapping, positions, cos, sin, heads, kv_heads, head_dim, "

@@ -9,6 +9,9 @@ results near 1: 2 units in the last place, after a rotation 4, after the activat
 
 A token's result has the same bits for any number of tokens beside it and for any number of SMs.
 
+With programmatic dependent launch the weights are read before the previous kernel on the stream has ended: it must not
+be what writes them.
+
 Every matrix is [out, in] and contiguous; x may be a strided view with contiguous rows of a multiple of 16 bytes.
 """
 
@@ -161,7 +164,7 @@ def qkv_rope_write(
     weight        [(num_heads + 2 · num_kv_heads) · head_dim, in]  heads of query, key and value; head_dim % 8 == 0
     cache         [num_blocks, 2, num_kv_heads, block_size, head_dim]  as x
     slot_mapping  [num_tokens]  int32, block · block_size + place in the block; -1: not cached
-    positions     [num_tokens]  int32, rows of cos and sin
+    positions     [num_tokens]  int32, rows of cos and sin; also those of padding
     cos, sin      [max_position, head_dim / 2]  float32
     returns       [num_tokens, num_heads, head_dim]  as x: `out`, or a new tensor
 
