@@ -201,6 +201,15 @@ def test_one_message_goes_back_and_forth_between_graphs_of_different_grids(kerne
     assert not any(rank.control[ERROR] for rank in group)
 
 
+def test_more_rows_than_blocks_are_normed_one_after_the_other(kernels_impl, make_group):
+    group = make_group(2)
+    for seed in range(1, 5):
+        call = Call(kernels_impl, 2, 120, 260, torch.bfloat16, "norm", seed, protocol=seed % 2)
+        with kernels_impl.emulated(seed=seed, resident_blocks=300):
+            run_side_by_side(kernels_impl, group, [call])
+        call.check()
+
+
 @pytest.mark.parametrize("protocol", [WORDS, FLAGS])
 def test_every_word_can_be_sent_also_the_one_that_means_absent(kernels_impl, make_group, protocol):
     group = make_group(2)
