@@ -33,7 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "bus": BASE | {"_bus"},
     "executor": BASE | {"bus", "child"},
     "driver": BASE | MODEL_FILES | {"executor", "demo"},
-    "worker": BASE | MODEL_FILES | {"bus", "child"},
+    "worker": BASE | MODEL_FILES | {"bus", "child", "_cuda"},
     "text": BASE | {"model_config"},
     "frontend": BASE | {"text", "outputs"},
     "outputs": set(),
@@ -61,7 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "bus": {"msgspec", "zmq", "numpy"},
     "executor": set(),
     "driver": {"msgspec", "zmq"},
-    "worker": {"msgspec", "numpy", "torch", "safetensors"},
+    "worker": {"msgspec", "numpy", "torch", "safetensors", "cupy"},
     "text": {"msgspec", "tokenizers", "jinja2", "transformers"},  # transformers: in a child process of its own
     "frontend": {"msgspec", "numpy"},
     "outputs": set(),

@@ -182,7 +182,8 @@ def test_one_message_goes_back_and_forth_between_graphs_of_different_grids(kerne
     group = make_group(2)
     for protocol in (WORDS, FLAGS):
         graphs = [
-            [Call(kernels_impl, 2, rows, 64, torch.bfloat16, "residual", 7 * rows, protocol=protocol, threads=32)] * count
+            [Call(kernels_impl, 2, rows, 64, torch.bfloat16, "residual", 7 * rows, protocol=protocol, threads=32)]
+            * count
             for rows, count in ((1, 1), (5, 3), (17, 5))
         ]
         for turn in range(20):
@@ -291,8 +292,19 @@ def test_a_longer_bound_can_be_set_afterwards(kernels_impl, make_group):
 def test_a_wrong_argument_is_refused(kernels_impl, make_group, arguments, message):
     group = make_group(2)
     right = {
-        **{"group": group[0].group, "input": 16, "hidden": None, "out": 16, "weight": None, "rows": 1, "cols": 8},
-        **{"eps": EPS, "dtype": torch.float32, "protocol": WORDS, "threads": 0, "stream": 0, "pdl": False},
+        "group": group[0].group,
+        "input": 16,
+        "hidden": None,
+        "out": 16,
+        "weight": None,
+        "rows": 1,
+        "cols": 8,
+        "eps": EPS,
+        "dtype": torch.float32,
+        "protocol": WORDS,
+        "threads": 0,
+        "stream": 0,
+        "pdl": False,
     }
     with pytest.raises(ValueError, match=message):
         kernels_impl.call("all_reduce", *(right | arguments).values())
