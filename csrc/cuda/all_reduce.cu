@@ -19,7 +19,7 @@
 // `words`: a 32-bit word that has not arrived is ABSENT, a NaN that no sender writes. The receiver polls the words
 // themselves and makes them ABSENT again when it has read them; by the above nobody writes them meanwhile. No fence and
 // no flag: one trip over NVLink. What it takes of the memory model: an aligned 32-bit word arrives whole (PTX: single-
-// copy atomicity; the four of a vector may come apart, each is looked at), and one location has one order of writes. That
+// copy atomicity; the four of a vector may come apart, each is looked at), and a location has one order of writes. That
 // order is clear(n) before data(n + 2) because the clear is performed in the owner's L2, where the location lives, when
 // its kernel ends; the sender's store is issued after a chain of observed stores that begins after that end. (The chain
 // is of relaxed accesses, as in NCCL's LL protocol: by the letter of PTX it would need a fence in each kernel; on the
@@ -64,7 +64,14 @@ struct State {
 };
 
 // Of one rank, in host-mapped memory: words of 32 bits.
-enum Control { ABORT = 0, ERROR = 16, ERROR_PEER = 17, ERROR_CALL_LOW = 18, ERROR_CALL_HIGH = 19, ERROR_WAITED_US = 20 };
+enum Control {
+    ABORT = 0,
+    ERROR = 16,
+    ERROR_PEER = 17,
+    ERROR_CALL_LOW = 18,
+    ERROR_CALL_HIGH = 19,
+    ERROR_WAITED_US = 20,
+};
 enum Error : uint32_t { TIMED_OUT = 1, ABORTED = 2 };
 
 // Where things lie in an inbox. `half` of 2, `source` the sending rank.
@@ -117,7 +124,9 @@ __device__ __forceinline__ Pack pack_of(uint32_t word)
 
 __device__ __forceinline__ bool is_absent(const Pack& pack)
 {
-    return pack.vector.x == ABSENT || pack.vector.y == ABSENT || pack.vector.z == ABSENT || pack.vector.w == ABSENT;
+    // Without branches: this is what a poll waits for.
+    return ((pack.words[0] == ABSENT) | (pack.words[1] == ABSENT) | (pack.words[2] == ABSENT) |
+            (pack.words[3] == ABSENT)) != 0;
 }
 
 template <class T>
@@ -141,6 +150,23 @@ __device__ __forceinline__ Pack normed(const Pack& hidden, float scale, const Pa
     return Pack{zmqexec::pack<T>(values)};
 }
 
+// Takes the lowest sizeof(T) bytes out of the pack, and puts `bits` in at its other end.
+template <class T>
+__device__ __forceinline__ uint32_t shift(Pack& pack, uint32_t bits)
+{
+    const uint32_t lowest = pack.words[0];
+    if constexpr (sizeof(T) == 4) {
+        pack.vector = make_uint4(pack.words[1], pack.words[2], pack.words[3], bits);
+        return lowest;
+    }
+    else {
+#pragma unroll
+        for (int i = 0; i < 3; i++) pack.words[i] = pack.words[i] >> 16 | pack.words[i + 1] << 16;
+        pack.words[3] = pack.words[3] >> 16 | bits << 16;
+        return lowest & 0xffffu;
+    }
+}
+
 // Elements first.. of a row, zeros past its end. `is_aligned`: the row's address plus `first` elements is.
 template <class T>
 __device__ __forceinline__ Pack load_pack(const void* row, int first, int cols, bool is_aligned)
@@ -151,29 +177,25 @@ __device__ __forceinline__ Pack load_pack(const void* row, int first, int cols, 
         pack.vector = load_cg_16(static_cast<const T*>(row) + first);
         return pack;
     }
+    // Rare, so rather short than fast: code that is not in the instruction cache costs every call.
+    const volatile Bits* elements = static_cast<const volatile Bits*>(row) + first;  // volatile: past L1
     pack = pack_of(0);
-#pragma unroll
-    for (int i = 0; i < VECTOR<T>; i++)
-        if (first + i < cols) {
-            const uint32_t bits = *(static_cast<const volatile Bits*>(row) + first + i);  // volatile: past L1
-            pack.words[i * sizeof(T) / 4] |= bits << (8 * (i * sizeof(T) % 4));
-        }
+#pragma unroll 1
+    for (int i = 0; i < VECTOR<T>; i++) shift<T>(pack, first + i < cols ? elements[i] : 0);
     return pack;
 }
 
 template <class T>
-__device__ __forceinline__ void store_pack(void* row, int first, int cols, bool is_aligned, const Pack& pack)
+__device__ __forceinline__ void store_pack(void* row, int first, int cols, bool is_aligned, Pack pack)
 {
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
     if (is_aligned && first + VECTOR<T> <= cols) {
         *reinterpret_cast<uint4*>(static_cast<T*>(row) + first) = pack.vector;
         return;
     }
-#pragma unroll
-    for (int i = 0; i < VECTOR<T>; i++)
-        if (first + i < cols)
-            static_cast<Bits*>(row)[first + i] =
-                static_cast<Bits>(pack.words[i * sizeof(T) / 4] >> (8 * (i * sizeof(T) % 4)));
+#pragma unroll 1
+    for (int i = 0; i < VECTOR<T> && first + i < cols; i++)
+        static_cast<Bits*>(row)[first + i] = static_cast<Bits>(shift<T>(pack, 0));
 }
 
 // One thread's patience. The clock is first read after some polls: a peer that is on time costs nothing.
@@ -238,7 +260,7 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
     const int row_begin = NORM ? blockIdx.x : 0, row_step = NORM ? gridDim.x : 1;
     const int pack_begin = NORM ? threadIdx.x : blockIdx.x * blockDim.x + threadIdx.x;
     const int pack_step = NORM ? blockDim.x : gridDim.x * blockDim.x;
-    const int ranks = group.layout.ranks, rank = group.rank;
+    const int ranks = RANKS == 2 ? 2 : group.layout.ranks, rank = group.rank, rows = NORM ? message.rows : 1;
     unsigned char* const inbox = group.inboxes[rank];
 
     Pack first_weight = pack_of(0);
@@ -265,11 +287,13 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
     const auto region = [&](int source) {
         return PROTOCOL == Protocol::words ? group.layout.words(half, source) : group.layout.flagged(half, source);
     };
-    const auto place = [&](int row, int pack) { return (static_cast<int64_t>(row) * message.packs_per_row + pack) * 16; };
+    const auto place = [&](int row, int pack) {
+        return (static_cast<int64_t>(row) * message.packs_per_row + pack) * 16;
+    };
 
     // Send everything before waiting for anything: a peer's wait is bounded by our sending alone.
     Pack first_own = pack_of(0);
-    for (int row = row_begin; row < message.rows; row += row_step)
+    for (int row = row_begin; row < rows; row += row_step)
         for (int pack = pack_begin; pack < message.packs_per_row; pack += pack_step) {
             const Pack own = own_pack(row, pack);
             if (row == row_begin && pack == pack_begin) first_own = own;
@@ -303,25 +327,35 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
     const auto reduced = [&](int row, int pack) {
         const bool is_first = row == row_begin && pack == pack_begin;
         const Pack own = is_first ? first_own : own_pack(row, pack);
-        Pack parts[RANKS];
-#pragma unroll
-        for (int source = 0; source < RANKS; source++) parts[source] = source == rank ? own : pack_of(ABSENT);
+        T* const hidden = static_cast<T*>(message.hidden) + static_cast<int64_t>(row) * message.cols;
+        Pack residual = pack_of(0);  // arrives while we wait
+        if (message.hidden != nullptr) residual = load_pack<T>(hidden, pack * N, message.cols, message.is_aligned);
         const unsigned char* const at = inbox + place(row, pack);
+        Pack parts[RANKS];
         if constexpr (PROTOCOL == Protocol::flags) {
 #pragma unroll
-            for (int source = 0; source < RANKS; source++)
+            for (int source = 0; source < RANKS; source++) {
+                parts[source] = own;
                 if (source < ranks && source != rank) parts[source].vector = load_cg_16(at + region(source));
+            }
         }
         else {
+            bool is_missing[RANKS];
+#pragma unroll
+            for (int source = 0; source < RANKS; source++) {
+                parts[source] = own;
+                is_missing[source] = source < ranks && source != rank;
+            }
             for (;;) {
                 int missing = -1;
 #pragma unroll
                 for (int source = 0; source < RANKS; source++)
-                    if (source < ranks && is_absent(parts[source]))
-                        parts[source].vector = load_volatile_16(at + region(source));
+                    if (is_missing[source]) parts[source].vector = load_volatile_16(at + region(source));
 #pragma unroll
-                for (int source = 0; source < RANKS; source++)
-                    if (source < ranks && is_absent(parts[source])) missing = source;
+                for (int source = 0; source < RANKS; source++) {
+                    is_missing[source] = is_missing[source] && is_absent(parts[source]);
+                    if (is_missing[source]) missing = source;
+                }
                 if (missing < 0 || watch.gives_up(missing)) break;
             }
             const Pack absent = pack_of(ABSENT);
@@ -335,18 +369,14 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
 #pragma unroll
         for (int source = 1; source < RANKS; source++)
             if (source < ranks) add<T>(sum, parts[source]);
-        if (message.hidden != nullptr) {
-            T* hidden = static_cast<T*>(message.hidden) + static_cast<int64_t>(row) * message.cols;
-            add<T>(sum, load_pack<T>(hidden, pack * N, message.cols, message.is_aligned));
-        }
+        if (message.hidden != nullptr) add<T>(sum, residual);
         const Pack rounded{zmqexec::pack<T>(sum)};
-        void* target = message.hidden != nullptr ? message.hidden : message.out;
-        store_pack<T>(static_cast<T*>(target) + static_cast<int64_t>(row) * message.cols, pack * N, message.cols,
-                      message.is_aligned, rounded);
+        void* target = message.hidden != nullptr ? hidden : message.out;  // out: one row
+        store_pack<T>(target, pack * N, message.cols, message.is_aligned, rounded);
         return rounded;
     };
 
-    for (int row = row_begin; row < message.rows; row += row_step) {
+    for (int row = row_begin; row < rows; row += row_step) {
         Pack first_hidden = pack_of(0);
         float squares = 0.0f;
         for (int pack = pack_begin; pack < message.packs_per_row; pack += pack_step) {
@@ -369,9 +399,9 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
                 const int64_t begin = static_cast<int64_t>(row) * message.cols;
                 const int first = pack * N;
                 // This thread stored it just now.
-                const Pack hidden = is_first ? first_hidden
-                                             : load_pack<T>(static_cast<const T*>(message.hidden) + begin, first, message.cols,
-                                                            message.is_aligned);
+                const T* row_hidden = static_cast<const T*>(message.hidden) + begin;
+                const Pack hidden =
+                    is_first ? first_hidden : load_pack<T>(row_hidden, first, message.cols, message.is_aligned);
                 const Pack weight =
                     is_first ? first_weight : load_pack<T>(message.weight, first, message.cols, message.is_aligned);
                 store_pack<T>(static_cast<T*>(message.out) + begin, first, message.cols, message.is_aligned,
@@ -387,23 +417,26 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
 
 // ---- The host's side ----------------------------------------------------------------------------------------------
 
+struct Shape {
+    unsigned blocks, threads;
+};
+
 template <class T, int RANKS, Protocol PROTOCOL>
-const char* launch_all_reduce(const Group& group, const Message& message, int64_t blocks, int threads, Stream stream, bool pdl)
+const char* launch_all_reduce(const Group& group, const Message& message, Shape shape, Stream stream, bool pdl)
 {
-    if (message.weight != nullptr)
-        return launch(all_reduce_kernel<T, RANKS, PROTOCOL, true>, dim3(static_cast<unsigned>(blocks)), dim3(threads), 64 * sizeof(float), stream,
-                      pdl, group, message);
-    return launch(all_reduce_kernel<T, RANKS, PROTOCOL, false>, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, stream, pdl, group,
-                  message);
+    const bool is_norm = message.weight != nullptr;
+    auto kernel = is_norm ? all_reduce_kernel<T, RANKS, PROTOCOL, true> : all_reduce_kernel<T, RANKS, PROTOCOL, false>;
+    const std::size_t scratch = is_norm ? 64 * sizeof(float) : 0;
+    return launch(kernel, dim3(shape.blocks), dim3(shape.threads), scratch, stream, pdl, group, message);
 }
 
 template <class T, int RANKS>
-const char* launch_all_reduce(Protocol protocol, const Group& group, const Message& message, int64_t blocks, int threads,
-                              Stream stream, bool pdl)
+const char* launch_all_reduce(Protocol protocol, const Group& group, const Message& message, Shape shape, Stream stream,
+                              bool pdl)
 {
     if (protocol == Protocol::flags)
-        return launch_all_reduce<T, RANKS, Protocol::flags>(group, message, blocks, threads, stream, pdl);
-    return launch_all_reduce<T, RANKS, Protocol::words>(group, message, blocks, threads, stream, pdl);
+        return launch_all_reduce<T, RANKS, Protocol::flags>(group, message, shape, stream, pdl);
+    return launch_all_reduce<T, RANKS, Protocol::words>(group, message, shape, stream, pdl);
 }
 
 Layout layout_of(int ranks, int64_t capacity)
@@ -437,13 +470,14 @@ static const char* all_reduce_inbox_init(void* inbox, int ranks, int64_t capacit
     unsigned char* const bytes = static_cast<unsigned char*>(inbox);
     State state = {};
     state.timeout_ns = timeout_ns;
-    if (const char* error = fill_device(bytes, 0xff, layout.flagged(0, 0))) return error;  // ABSENT
-    if (const char* error = fill_device(bytes + layout.flagged(0, 0), 0, layout.bytes() - layout.flagged(0, 0))) return error;
+    const int64_t words = layout.flagged(0, 0);
+    if (const char* error = fill_device(bytes, 0xff, words)) return error;  // ABSENT
+    if (const char* error = fill_device(bytes + words, 0, layout.bytes() - words)) return error;
     return write_device(bytes + layout.state(), &state, sizeof state);
 }
 BINDING(all_reduce_inbox_init,
         "all_reduce_inbox_init(inbox, ranks, capacity, timeout_ns)\n\n"
-        "Makes this rank's inbox empty and ready. Synchronizes the device. On every rank before the first call on any.\n"
+        "Makes this rank's inbox empty and ready. Waits for the device. On every rank before the first call on any.\n"
         "timeout_ns bounds each wait for a peer.")
 
 static const char* all_reduce_set_timeout(int64_t group, uint64_t timeout_ns)
@@ -451,7 +485,7 @@ static const char* all_reduce_set_timeout(int64_t group, uint64_t timeout_ns)
     return write_device(&group_of(group).state->timeout_ns, &timeout_ns, sizeof timeout_ns);
 }
 BINDING(all_reduce_set_timeout,
-        "all_reduce_set_timeout(group, timeout_ns)\n\nAlso for graphs captured before. Synchronizes the device.")
+        "all_reduce_set_timeout(group, timeout_ns)\n\nAlso for graphs captured before. Waits for the device.")
 
 static const char* all_reduce_group(int rank, int ranks, int64_t capacity, uint64_t control, const std::string& inboxes,
                                     int64_t& handle)
@@ -473,8 +507,8 @@ static const char* all_reduce_group(int rank, int ranks, int64_t capacity, uint6
 BINDING(all_reduce_group,
         "all_reduce_group(rank, ranks, capacity, control, inboxes)\n\n"
         "A handle for all_reduce, until all_reduce_group_free. `inboxes`: the addresses of all ranks' inboxes as this\n"
-        "process sees them, 8 bytes each; its own initialized. `control`: host-mapped memory of 128 bytes, zeros, as the\n"
-        "device sees it: uint32 words 0 abort (set it to give up waiting), 16 error (0 none, 1 timed out, 2 aborted),\n"
+        "process sees them, 8 bytes each; its own initialized. `control`: host-mapped memory of 128 bytes, zeros, as\n"
+        "the device sees it: uint32 words 0 abort (set it to end all waits), 16 error (0 none, 1 timed out, 2 aborted),\n"
         "17 the rank waited for, 18 and 19 the call's number, low and high word, 20 microseconds waited.")
 
 static const char* all_reduce_group_free(int64_t group)
@@ -484,8 +518,9 @@ static const char* all_reduce_group_free(int64_t group)
 }
 BINDING(all_reduce_group_free, "all_reduce_group_free(group)\n\nNo memory of the device is freed.")
 
-static const char* all_reduce(int64_t group, const void* input, void* hidden, void* out, const void* weight, int64_t rows,
-                              int64_t cols, float eps, Dtype dtype, int protocol, int threads, Stream stream, bool pdl)
+static const char* all_reduce(int64_t group, const void* input, void* hidden, void* out, const void* weight,
+                              int64_t rows, int64_t cols, float eps, Dtype dtype, int protocol, int threads,
+                              Stream stream, bool pdl)
 {
     const Group& members = group_of(group);
     const Layout& layout = members.layout;
@@ -514,25 +549,26 @@ static const char* all_reduce(int64_t group, const void* input, void* hidden, vo
                       (message.rows == 1 || message.cols * size % 16 == 0);
     const int64_t packs = static_cast<int64_t>(message.rows) * message.packs_per_row;
     check_argument(packs * 16 <= layout.capacity, "the message is larger than the capacity");
-    // Blocks and threads depend on nothing that may differ between ranks, for block b waits for block b. All blocks must
-    // fit on the device at once, or ranks might start them in such an order that none finds its counterpart running.
+    // Blocks and threads depend on nothing that may differ between ranks, for block b waits for block b. All blocks
+    // must fit on the device at once, or ranks might start them in such an order that none finds its counterpart.
     if (threads == 0) threads = is_norm ? std::min(most_threads, divide_up(message.packs_per_row, 32) * 32) : 128;
     int64_t blocks = is_norm ? message.rows : divide_up(packs, static_cast<int64_t>(threads));
     blocks = std::min(blocks, int64_t{is_norm ? LEAST_SMS : std::max(LEAST_SMS, MAX_BLOCKS * 128 / threads)});
     blocks = std::min(blocks, int64_t{MAX_BLOCKS});
+    const Shape shape{static_cast<unsigned>(blocks), static_cast<unsigned>(threads)};
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const Protocol chosen = static_cast<Protocol>(protocol);
-        if (layout.ranks <= 2) return launch_all_reduce<T, 2>(chosen, members, message, blocks, threads, stream, pdl);
-        if (layout.ranks <= 4) return launch_all_reduce<T, 4>(chosen, members, message, blocks, threads, stream, pdl);
-        return launch_all_reduce<T, 8>(chosen, members, message, blocks, threads, stream, pdl);
+        if (layout.ranks <= 2) return launch_all_reduce<T, 2>(chosen, members, message, shape, stream, pdl);
+        if (layout.ranks <= 4) return launch_all_reduce<T, 4>(chosen, members, message, shape, stream, pdl);
+        return launch_all_reduce<T, 8>(chosen, members, message, shape, stream, pdl);
     });
 }
 BINDING(all_reduce,
         "all_reduce(group, input, hidden, out, weight, rows, cols, eps, dtype, protocol, threads, stream, pdl)\n\n"
-        "With sum = the inputs of all ranks, added in rank order in float32, [rows, cols] and contiguous like the others:\n"
-        "out = sum (hidden 0, weight 0; out may be input); hidden += sum, rounded once (out 0, weight 0); or hidden += sum\n"
-        "and out = rms_norm(hidden, eps) * weight [cols]. The same call on every rank; protocol 0 (words) or 1 (flags);\n"
-        "threads 0: chosen. Once an error stands in the group's control words, results are undefined.")
+        "With sum = the inputs of all ranks, added in rank order in float32; [rows, cols] and contiguous, as the rest:\n"
+        "out = sum (hidden 0, weight 0; out may be input); hidden += sum, rounded once (out 0, weight 0); hidden += sum\n"
+        "and out = rms_norm(hidden, eps) * weight [cols]. The same call on every rank; protocol 0 (words) or 1\n"
+        "(flags); threads 0: chosen. Once an error stands in the group's control words, results are undefined.")
 
 }  // namespace zmqexec

@@ -1,6 +1,6 @@
-// Memory that several GPUs, or a GPU and the host, see at once. Not from torch's pool, whose memory may be unexportable.
+// Memory that several GPUs, or a GPU and the host, see at once. Not of torch's pool, whose memory may be unexportable.
 //
-// Of the current device of the calling thread. In the emulator device memory is a memfd, so that real processes share it.
+// It is the current device's of the calling thread. In the emulator it is a memfd, so that real processes share it.
 #include "peer_memory.h"
 
 #include <cstring>
@@ -102,7 +102,8 @@ static const char* ipc_alloc(int64_t bytes, int64_t& pointer)
 #ifdef __CUDACC__
     void* memory = nullptr;
     const int64_t whole = divide_up(bytes, kBlockBytes) * kBlockBytes;
-    if (const char* error = cuda_error(cudaMalloc(&memory, static_cast<std::size_t>(whole)), "cudaMalloc")) return error;
+    const cudaError_t status = cudaMalloc(&memory, static_cast<std::size_t>(whole));
+    if (const char* error = cuda_error(status, "cudaMalloc")) return error;
     if (const char* error = fill_device(memory, 0, whole)) {
         cudaFree(memory);
         return error;
@@ -143,7 +144,8 @@ static const char* ipc_handle(void* pointer, std::string& handle)
 #endif
     return nullptr;
 }
-BINDING(ipc_handle, "ipc_handle(pointer)\n\nBytes with which another process of this host can ipc_open ipc_alloc's memory.")
+BINDING(ipc_handle,
+        "ipc_handle(pointer)\n\nBytes with which another process of this host can ipc_open memory of ipc_alloc.")
 
 static const char* ipc_open(const std::string& handle, int64_t& pointer)
 {
@@ -229,6 +231,7 @@ static const char* can_access_peer(int device, int peer, int64_t& can)
     return nullptr;
 #endif
 }
-BINDING(can_access_peer, "can_access_peer(device, peer)\n\n1 if kernels on `device` can read and write the memory of `peer`.")
+BINDING(can_access_peer,
+        "can_access_peer(device, peer)\n\n1 if kernels on `device` can read and write the memory of `peer`, else 0.")
 
 }  // namespace zmqexec
