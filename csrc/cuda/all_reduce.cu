@@ -70,7 +70,7 @@ enum Control {
     ERROR_PEER = 17,
     ERROR_CALL_LOW = 18,
     ERROR_CALL_HIGH = 19,
-    ERROR_WAITED_US = 20,
+    ERROR_WAITED = 20,
 };
 enum Error : uint32_t { TIMED_OUT = 1, ABORTED = 2 };
 
@@ -232,7 +232,7 @@ private:
             store_relaxed_sys(&control[ERROR_PEER], static_cast<uint32_t>(peer));
             store_relaxed_sys(&control[ERROR_CALL_LOW], static_cast<uint32_t>(sequence_));
             store_relaxed_sys(&control[ERROR_CALL_HIGH], static_cast<uint32_t>(sequence_ >> 32));
-            store_relaxed_sys(&control[ERROR_WAITED_US], static_cast<uint32_t>((now - started_ns_) / 1000));
+            store_relaxed_sys(&control[ERROR_WAITED], static_cast<uint32_t>((now - started_ns_) >> 10));
             store_release_sys(&control[ERROR], error);
         }
         return has_given_up_ = true;
@@ -270,15 +270,22 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
     pdl_wait();
     pdl_launch_dependents();
 
-    Pack state;
-    state.vector = load_cg_16(group.state);
-    const uint64_t sequence = state.words[0] | static_cast<uint64_t>(state.words[1]) << 32;
-    const int half = static_cast<int>(sequence % 2);
-    Watch watch(group, sequence, state.words[3] != 0);
-
     const auto own_pack = [&](int row, int pack) {
         const T* values = static_cast<const T*>(message.input) + static_cast<int64_t>(row) * message.cols;
-        Pack own = load_pack<T>(values, pack * N, message.cols, message.is_aligned);
+        return load_pack<T>(values, pack * N, message.cols, message.is_aligned);
+    };
+    // All loads before anything that needs one of them: each is a trip to L2. Word by word, for a register of a vector
+    // that nobody reads is used again at once, which waits for the vector.
+    const uint32_t* const words = reinterpret_cast<const uint32_t*>(group.state);
+    const uint32_t sequence_low = load_cg_4(words), sequence_high = load_cg_4(words + 1);
+    const uint32_t has_failed = load_cg_4(&group.state->failed);
+    Pack first_own = pack_of(0);
+    if (row_begin < rows && pack_begin < message.packs_per_row) first_own = own_pack(row_begin, pack_begin);
+    const uint64_t sequence = sequence_low | static_cast<uint64_t>(sequence_high) << 32;
+    const int half = static_cast<int>(sequence_low % 2);
+    Watch watch(group, sequence, has_failed != 0);
+
+    const auto sendable = [&](Pack own) {
         if constexpr (PROTOCOL == Protocol::words)
 #pragma unroll
             for (int i = 0; i < 4; i++) own.words[i] = own.words[i] == ABSENT ? OTHER_NAN : own.words[i];
@@ -292,11 +299,10 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
     };
 
     // Send everything before waiting for anything: a peer's wait is bounded by our sending alone.
-    Pack first_own = pack_of(0);
     for (int row = row_begin; row < rows; row += row_step)
         for (int pack = pack_begin; pack < message.packs_per_row; pack += pack_step) {
-            const Pack own = own_pack(row, pack);
-            if (row == row_begin && pack == pack_begin) first_own = own;
+            const bool is_first = row == row_begin && pack == pack_begin;
+            const Pack own = sendable(is_first ? first_own : own_pack(row, pack));
             if (watch.has_given_up()) continue;
             const int64_t at = region(rank) + place(row, pack);
 #pragma unroll
@@ -326,7 +332,7 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
 
     const auto reduced = [&](int row, int pack) {
         const bool is_first = row == row_begin && pack == pack_begin;
-        const Pack own = is_first ? first_own : own_pack(row, pack);
+        const Pack own = sendable(is_first ? first_own : own_pack(row, pack));
         T* const hidden = static_cast<T*>(message.hidden) + static_cast<int64_t>(row) * message.cols;
         Pack residual = pack_of(0);  // arrives while we wait
         if (message.hidden != nullptr) residual = load_pack<T>(hidden, pack * N, message.cols, message.is_aligned);
@@ -509,7 +515,7 @@ BINDING(all_reduce_group,
         "A handle for all_reduce, until all_reduce_group_free. `inboxes`: the addresses of all ranks' inboxes as this\n"
         "process sees them, 8 bytes each; its own initialized. `control`: host-mapped memory of 128 bytes, zeros, as\n"
         "the device sees it: uint32 words 0 abort (set it to end all waits), 16 error (0 none, 1 timed out, 2 aborted),\n"
-        "17 the rank waited for, 18 and 19 the call's number, low and high word, 20 microseconds waited.")
+        "17 the rank waited for, 18 and 19 the call's number, low and high word, 20 the time waited in 1024 ns.")
 
 static const char* all_reduce_group_free(int64_t group)
 {

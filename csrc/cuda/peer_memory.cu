@@ -218,6 +218,20 @@ static const char* host_mapped_free(void* host)
 }
 BINDING(host_mapped_free, "host_mapped_free(host)\n\nWaits for the device.")
 
+static const char* use_device(int device)
+{
+#ifdef __CUDACC__
+    return cuda_error(cudaSetDevice(device), "cudaSetDevice");
+#else
+    check_argument(device >= 0, "devices are numbered from 0");
+    return nullptr;
+#endif
+}
+BINDING(use_device,
+        "use_device(device)\n\n"
+        "Make it the calling thread's current device. This module has a CUDA runtime of its own, which should not have to\n"
+        "learn from the driver what torch's has set.")
+
 static const char* can_access_peer(int device, int peer, int64_t& can)
 {
 #ifdef __CUDACC__

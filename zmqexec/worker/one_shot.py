@@ -15,7 +15,7 @@ import torch
 
 ALIGNMENT = 256
 CONTROL_BYTES = 128
-ABORT, ERROR, ERROR_PEER, ERROR_CALL_LOW, ERROR_CALL_HIGH, ERROR_WAITED_US = 0, 16, 17, 18, 19, 20
+ABORT, ERROR, ERROR_PEER, ERROR_CALL_LOW, ERROR_CALL_HIGH, ERROR_WAITED = 0, 16, 17, 18, 19, 20
 """Words of the control page, as in all_reduce.cu."""
 TIMED_OUT = 1
 
@@ -57,6 +57,7 @@ class OneShot:
     def allocate(self) -> str:
         """Make this rank's inbox; a text with which its peers can open it. RuntimeError, as from `open`."""
         module = self._module
+        module.use_device(self.rank)
         for peer in range(self.tp_size):
             if peer != self.rank and not module.can_access_peer(self.rank, peer):
                 raise RuntimeError(f"GPU {self.rank} has no access to the memory of GPU {peer}")
@@ -134,7 +135,7 @@ class OneShot:
             return None
         control = self._control
         call = control[ERROR_CALL_LOW] | control[ERROR_CALL_HIGH] << 32
-        waited = f"{control[ERROR_WAITED_US] / 1e6:.3g} s"
+        waited = f"{control[ERROR_WAITED] * 1024e-9:.3g} s"
         peer = control[ERROR_PEER]
         if control[ERROR] == TIMED_OUT:
             return f"rank {peer} did not join all-reduce {call} within {waited}"
