@@ -308,7 +308,6 @@ class Ranked:
 
     def measure_sizes(self) -> None:
         torch, collectives, one_shot = self.torch, self.collectives, self.collectives.one_shot
-        symmetric = self.symmetric_memory()
         for kib in SIZES_KIB:
             if not self.all_agree(time.monotonic() - self.started < self.seconds):
                 break
@@ -346,8 +345,6 @@ class Ranked:
                     self.residual_norm(hidden, x, weight)
 
                 cases["one-shot, words, then residual and norm"] = split
-            if symmetric is not None:
-                cases["torch symmetric memory, one-shot"] = lambda x=x: symmetric(x.numel())
             for name, function in cases.items():
 
                 def timed(function: Callable[[], Any] = function) -> Row:
@@ -355,6 +352,15 @@ class Ranked:
 
                 self.guarded(f"{kib} KiB: {name}", timed)
         self.report({"case": "health", "ok": collectives.health() is None, "health": collectives.health()})
+        # Last, for it is the one thing here that might hang.
+        symmetric = self.symmetric_memory()
+        for kib in SIZES_KIB if symmetric is not None else ():
+            count = kib * KIB // 2
+
+            def timed(count: int = count) -> Row:
+                return {"us": self.us_per_call(lambda: symmetric(count))}
+
+            self.guarded(f"{kib} KiB: torch symmetric memory, one-shot", timed)
 
     def residual_norm(self, hidden: Any, x: Any, weight: Any) -> None:
         """hidden += x and its norm, by our own kernel."""
