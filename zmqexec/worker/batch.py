@@ -87,6 +87,8 @@ class Batch:
         self.block_tables = np.zeros((max_num_seqs, -(-(max_model_len + 1) // block_size)), np.int32)
         self.num_blocks = np.zeros(max_num_seqs, np.int64)
         self.sampling: list[Sampling | None] = [None] * max_num_seqs
+        self._bitmap = b""
+        self._bitmap_slots: IntArray = np.empty(0, np.int64)
 
     def begin(self, step: StepInput) -> Rows:
         """Take in what changed and lay out the step's rows. `InternalError` where the step contradicts the state."""
@@ -101,12 +103,30 @@ class Batch:
             self._check_slot(slot)
             self._append_block(slot, block)
         chunks = _pairs(step.prefills, "prefills", num_slots).astype(np.int64)
-        if int.from_bytes(step.decodes, "little") >> num_slots:
-            raise InternalError(f"a step decodes slots that are not in [0, {num_slots})")
-        bitmap = np.frombuffer(step.decodes[: num_slots // 8 + 1], np.uint8)
-        decodes = np.flatnonzero(np.unpackbits(bitmap, bitorder="little"))
-        self._check(chunks, decodes)
+        decodes = self._decode_slots(step.decodes)
+        if len(chunks):
+            self._check(chunks, decodes)
+        else:
+            self._check_decodes(decodes)
         return chunks, decodes
+
+    def _decode_slots(self, bitmap: bytes) -> IntArray:
+        """The slots of a step's bitmap, which is mostly the last step's."""
+        if bitmap != self._bitmap:
+            num_slots = len(self.num_known)
+            if int.from_bytes(bitmap, "little") >> num_slots:
+                raise InternalError(f"a step decodes slots that are not in [0, {num_slots})")
+            bits = np.unpackbits(np.frombuffer(bitmap[: num_slots // 8 + 1], np.uint8), bitorder="little")
+            self._bitmap, self._bitmap_slots = bitmap, np.flatnonzero(bits)
+        return self._bitmap_slots
+
+    def _check_decodes(self, decodes: IntArray) -> None:
+        """`_check` of a step without chunks, in a third of the time."""
+        known = self.num_known[decodes]
+        ok = (self.num_computed[decodes] + 1 == known) & (known <= self._max_model_len)
+        ok &= known <= self.num_blocks[decodes] * self._block_size
+        if not ok.all():
+            self._check(np.empty((0, 2), np.int64), decodes)  # says what is wrong
 
     def finish(self, rows: Rows, sampled: IntArray) -> None:
         """Record that `rows` are computed, and append the token sampled by each of `rows.sample_slots`."""

@@ -37,8 +37,14 @@ class EmulatedDevice:
     def record(self) -> Event | None:
         return None
 
-    def capture(self, launch: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
+    def graph_pool(self) -> Any:
+        return None
+
+    def capture(self, launch: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
         raise AssertionError("there are no graphs in an emulation")
+
+    def time_ms(self, work: Callable[[], None]) -> float:
+        raise AssertionError("an emulation says nothing about time")
 
     def memory(self) -> tuple[int, int]:
         return 1 << 30, 1 << 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import cuda_emulator
 from zmqexec.errors import ConfigError
-from zmqexec.worker.gpu import nccl
+from zmqexec.worker.gpu import nccl as gpu_nccl
 
 DEADLINE_S = 60
 
@@ -21,7 +23,7 @@ PROLOGUE = """
 import ctypes, os, sys, time, types
 import torch
 from tests import cuda_emulator
-from zmqexec.worker.gpu import nccl, one_shot
+from zmqexec.worker.gpu import nccl as gpu_nccl, one_shot
 from zmqexec.worker.kernels import reference
 from zmqexec.worker.shared_memory import SharedMemoryCollectives
 
@@ -42,7 +44,7 @@ class Communicator:
         return torch.frombuffer(memory, dtype=dtype)
     def allReduce(self, given, out, count, dtype, operation, stream):
         assert (operation, stream) == (0, 7)
-        dtype = {number: dtype for dtype, number in nccl.NCCL_DTYPES.items()}[dtype]
+        dtype = {number: dtype for dtype, number in gpu_nccl.NCCL_DTYPES.items()}[dtype]
         self.tensor(out, count, dtype).copy_(self.group.all_reduce(self.tensor(given, count, dtype).clone()))
     def allGather(self, given, out, count, dtype, stream):
         gathered = self.group.all_gather(self.tensor(given, count, torch.uint8))
@@ -59,11 +61,11 @@ torch.cuda.device_count = lambda: tp_size
 torch.cuda.set_device = lambda device: None
 torch.cuda.synchronize = lambda: None
 torch.cuda.current_stream = lambda: types.SimpleNamespace(cuda_stream=7)
-nccl.NcclCollectives.device_type = "cpu"
-nccl.CHECK_SIZES = (1, 1000, 5000)
+gpu_nccl.NcclCollectives.device_type = "cpu"
+gpu_nccl.CHECK_SIZES = (1, 1000, 5000)
 
 def join(timeout_s=30.0):
-    return nccl.NcclCollectives(rank, tp_size, store_fd, timeout_s, join_timeout_s=30.0)
+    return gpu_nccl.NcclCollectives(rank, tp_size, store_fd, timeout_s, join_timeout_s=30.0)
 """
 
 
@@ -81,7 +83,7 @@ class Ranks:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
             )
             for rank in range(tp_size)
         ]
@@ -113,17 +115,16 @@ def compiler():
 
 
 CALLS = """
-    nccl.ONE_SHOT_BYTES = {tp_size: 1 << 14}
+    gpu_nccl.ONE_SHOT_BYTES = {tp_size: 1 << 14}
     group = join()
     assert (group.rank, group.tp_size, group.one_shot is None) == (rank, tp_size, not expects_one_shot), group.one_shot
     generator = torch.Generator()
     def parts(shape, dtype, seed):
         return [torch.randn(shape, generator=generator.manual_seed(10 * seed + r)).to(dtype) for r in range(tp_size)]
-    for number, size in enumerate([0, 1, 100, 1000, 5000, 20_000]):
+    for number, size in enumerate([0, 1, 1000, 20_000]):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             given = parts((size,), dtype, number)
             total = sum((part.float() for part in given[1:]), given[0].float()).to(dtype)
-            tolerance = {"rtol": 0.0, "atol": 0.0}
             assert torch.equal(group.all_reduce(given[rank].clone()), total)
             assert torch.equal(group.all_gather(given[rank]), torch.stack(given))
             hidden = torch.ones(size, dtype=dtype)
@@ -201,7 +202,7 @@ def test_a_rank_that_stops_is_named_by_health_and_close_returns():
     module.emulator_options(0, 300, 1_000_000)
     for _ in range(3):
         group.all_reduce(torch.ones(8))
-    calls = 3 * len(nccl.CHECK_SIZES) + 3
+    calls = 3 * len(gpu_nccl.CHECK_SIZES) + 3
     if rank == 1:
         sys.stdin.readline()
         os._exit(0)
@@ -215,14 +216,26 @@ def test_a_rank_that_stops_is_named_by_health_and_close_returns():
         assert ranks.processes[0].communicate(timeout=DEADLINE_S) == ("closed\n", "")
 
 
+@pytest.mark.gpu
+def test_all_of_it_on_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    program = Path(__file__).parents[3] / "bench/kernels/all_reduce.py"
+    command = [sys.executable, str(program), "--check", "--ranks", "2", "--seconds", "15"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE_S, check=True)
+    rows = json.loads(done.stdout)
+    assert [row["case"] for row in rows if row.get("ok")] == ["random calls", "replays", "a rank that does not come"]
+    assert all(row.get("ok", True) for row in rows), rows
+
+
 def test_close_does_not_wait_for_an_abort_that_hangs(monkeypatch):
-    monkeypatch.setattr(nccl, "CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(gpu_nccl, "CLOSE_TIMEOUT_S", 0.1)
 
     class Stuck:
         def abort(self):
             time.sleep(DEADLINE_S)
 
-    group = nccl.NcclCollectives.__new__(nccl.NcclCollectives)
+    group = gpu_nccl.NcclCollectives.__new__(gpu_nccl.NcclCollectives)
     group.one_shot, group._comm = None, Stuck()
     started = time.monotonic()
     group.close()
@@ -233,10 +246,10 @@ def test_close_does_not_wait_for_an_abort_that_hangs(monkeypatch):
 
 def test_joining_that_hangs_ends_at_the_deadline_and_its_errors_come_through():
     with pytest.raises(RuntimeError, match=r"did not meet within 0\.1 s"):
-        nccl._bounded(lambda: time.sleep(DEADLINE_S), 0.1, "the ranks did not meet")
+        gpu_nccl._bounded(lambda: time.sleep(DEADLINE_S), 0.1, "the ranks did not meet")
     with pytest.raises(ZeroDivisionError):
-        nccl._bounded(lambda: 1 / 0, 10.0, "")
-    assert nccl._bounded(lambda: 5, 10.0, "") == 5
+        gpu_nccl._bounded(lambda: 1 / 0, 10.0, "")
+    assert gpu_nccl._bounded(lambda: 5, 10.0, "") == 5
 
 
 def test_a_missing_cupy_is_a_setting_to_mend(monkeypatch):
@@ -246,11 +259,11 @@ def test_a_missing_cupy_is_a_setting_to_mend(monkeypatch):
     monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'zmqexec\[cuda12\]'"):
-        nccl._import_nccl()
+        gpu_nccl._import_nccl()
     assert os.environ["NCCL_NVLS_ENABLE"] == "0"
 
 
 def test_more_ranks_than_gpus_is_a_setting_to_mend(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match="tensor_parallel_size=2, but 1 GPUs are visible"):
-        nccl.NcclCollectives(0, 2, -1, 1.0, join_timeout_s=1.0)
+        gpu_nccl.NcclCollectives(0, 2, -1, 1.0, join_timeout_s=1.0)

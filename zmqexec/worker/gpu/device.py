@@ -46,8 +46,14 @@ class Device(Protocol):
     def record(self) -> Event | None:
         """An event behind everything launched so far; None where nothing is asynchronous."""
 
-    def capture(self, launch: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
+    def graph_pool(self) -> Any:
+        """Memory that graphs can share."""
+
+    def capture(self, launch: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
         """What `launch` launches as a graph, and the tensor that it fills."""
+
+    def time_ms(self, work: Callable[[], None]) -> float:
+        """How long the device takes for `work`."""
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes."""
@@ -81,7 +87,6 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         self.num_sms = torch.cuda.get_device_properties(index).multi_processor_count
-        self._pool: Any = None
 
     def stream(self) -> int:
         return int(torch.cuda.current_stream().cuda_stream)
@@ -91,7 +96,10 @@ class CudaDevice:
         event.record()  # type: ignore[attr-defined]
         return event
 
-    def capture(self, launch: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
+    def graph_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, launch: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
         # Once without recording: libraries set themselves up on first use, which a capture forbids.
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -99,10 +107,18 @@ class CudaDevice:
             launch()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # NCCL has threads of its own, which may call what a capture forbids.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = launch()
-        self._pool = self._pool or graph.pool()
         return graph, result
+
+    def time_ms(self, work: Callable[[], None]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
 
     def memory(self) -> tuple[int, int]:
         return torch.cuda.mem_get_info()

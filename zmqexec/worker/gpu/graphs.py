@@ -7,7 +7,8 @@ writes nothing.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -30,26 +31,22 @@ class DecodeGraphs:
     """Runs `forward(num_rows)`, from graphs where they are enabled."""
 
     def __init__(
-        self,
-        device: Device,
-        forward: Callable[[int], torch.Tensor],
-        max_rows: int,
-        *,
-        enabled: bool,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        self, device: Device, forward: Callable[[int], torch.Tensor], sizes: Iterable[int], pool: Any = None
     ) -> None:
-        """Captures all graphs, the largest first: the smaller ones then find their memory in its pool."""
+        """Captures a graph for each of `sizes`, the largest first: the smaller ones find their memory in its pool.
+
+        pool  of `Device.graph_pool`: memory that all graphs of an engine share, for no two of them run at a time
+        """
         self._forward = forward
+        self._sizes = sorted(sizes)
         self._graphs: dict[int, tuple[Graph, torch.Tensor]] = {}
-        self._sizes = ladder(max_rows) if enabled else []
-        for done, size in enumerate(reversed(self._sizes), start=1):
-            self._graphs[size] = device.capture(lambda size=size: forward(size))  # type: ignore[misc]
-            on_progress(done, len(self._sizes))
+        for size in reversed(self._sizes):
+            self._graphs[size] = device.capture(lambda size=size: forward(size), pool)  # type: ignore[misc]
 
     def run(self, num_rows: int) -> torch.Tensor:
-        """The logits of `num_rows` staged rows and of their padding, valid until the next run."""
+        """What `forward` returns for `num_rows` staged rows and their padding, valid until the next run."""
         if not self._sizes:
             return self._forward(num_rows)
-        graph, logits = self._graphs[self._sizes[bisect.bisect_left(self._sizes, num_rows)]]
+        graph, result = self._graphs[self._sizes[bisect.bisect_left(self._sizes, num_rows)]]
         graph.replay()
-        return logits
+        return result

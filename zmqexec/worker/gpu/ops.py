@@ -16,8 +16,6 @@ from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, begin_dec
 from zmqexec.worker.kernels.paged_attention import HEAD_DIMS, AttentionWorkspace
 from zmqexec.worker.kernels.reference import padded_decode_attention
 
-PDL = True
-
 
 @dataclass(frozen=True)
 class Places:
@@ -37,6 +35,8 @@ class Places:
 class DecodeAttention:
     """Attention of one new token per row: `plan` once per step, `attend` in every layer.
 
+    pdl  the kernels may start while their predecessors end
+
     float32, and heads of a size that the kernel does not have, are computed by plain torch, which needs to know the
     longest context on the host and so cannot be captured in a graph.
     """
@@ -44,6 +44,7 @@ class DecodeAttention:
     def __init__(
         self, device: Device, dtype: torch.dtype, state: SlotState, num_heads: int, num_kv_heads: int, head_dim: int
     ) -> None:
+        self.pdl = True
         self._state = state
         self._workspace: AttentionWorkspace | None = None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -69,7 +70,7 @@ class DecodeAttention:
     def plan(self, row_slots: torch.Tensor, context_lens: torch.Tensor) -> None:
         """row_slots, context_lens  [num_rows]  int32; a padded row has a context of 0."""
         if self._workspace is not None:
-            self._workspace.plan(context_lens, row_slots, pdl=PDL)
+            self._workspace.plan(context_lens, row_slots, pdl=self.pdl)
         else:
             self._rows = row_slots, context_lens
 
@@ -77,7 +78,7 @@ class DecodeAttention:
         """out, query  [num_rows, num_heads, head_dim]; rows of `out` that are padding are left as they are."""
         tables = self._state.block_tables
         if self._workspace is not None:
-            self._workspace.attend(out, query, cache, tables, scale=scale, pdl=PDL)
+            self._workspace.attend(out, query, cache, tables, scale=scale, pdl=self.pdl)
         else:
             assert self._rows is not None
             slots, lens = self._rows
@@ -85,9 +86,15 @@ class DecodeAttention:
 
 
 class Ops:
-    """The other kernels."""
+    """The other kernels.
+
+    pdl     they may start while their predecessors end
+    tuning  of the products that stream their weights
+    """
 
     def __init__(self, device: Device) -> None:
+        self.pdl = True
+        self.tuning = skinny_gemm.DEFAULT
         self._device = device
         self._native = device.native
         self._dtypes = {
@@ -100,7 +107,7 @@ class Ops:
 
     def begin_decode(self, step: torch.Tensor, max_rows: int, state: SlotState, rows: DecodeRows) -> None:
         """From the staged step to the input of `rows`."""
-        begin_decode(step, max_rows, state, rows, pdl=PDL)
+        begin_decode(step, max_rows, state, rows, pdl=self.pdl)
 
     def append(
         self, state: SlotState, slots: torch.Tensor, known: torch.Tensor, sampled: torch.Tensor, out: torch.Tensor
@@ -119,7 +126,7 @@ class Ops:
             state.token_ids.shape[1],
             out.data_ptr(),
             self._device.stream(),
-            PDL,
+            self.pdl,
         )
 
     def gather_embedding(self, table: torch.Tensor, token_ids: torch.Tensor, first: int, count: int) -> torch.Tensor:
@@ -135,7 +142,7 @@ class Ops:
             count,
             self._dtypes[table.dtype],
             self._device.stream(),
-            PDL,
+            self.pdl,
         )
         return out
 
@@ -149,7 +156,7 @@ class Ops:
             logits.stride(0),
             first_id,
             self._device.stream(),
-            PDL,
+            self.pdl,
         )
 
     # ── layers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,7 +183,7 @@ class Ops:
             eps,
             self._dtypes[x.dtype],
             self._device.stream(),
-            PDL,
+            self.pdl,
         )
         return out
 
@@ -191,7 +198,7 @@ class Ops:
             inner,
             self._dtypes[gate_up.dtype],
             self._device.stream(),
-            PDL,
+            self.pdl,
         )
         return out
 
@@ -218,7 +225,7 @@ class Ops:
             True,
             self._dtypes[qkv.dtype],
             self._device.stream(),
-            PDL,
+            self.pdl,
         )
 
     # ── products that stream their weights, for few rows ────────────────────────────────────────────────────────────
@@ -234,19 +241,19 @@ class Ops:
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """norm(x) · weightᵀ + bias."""
-        return skinny_gemm.linear(x, weight, bias, norm=_norm(norm), out=out, out_dtype=out_dtype)
+        return skinny_gemm.linear(x, weight, bias, norm=_norm(norm), out=out, out_dtype=out_dtype, tuning=self.tuning)
 
     def linear_residual_(
         self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         """residual += x · weightᵀ + bias."""
-        skinny_gemm.linear_residual_(residual, x, weight, bias)
+        skinny_gemm.linear_residual_(residual, x, weight, bias, tuning=self.tuning)
 
     def linear_silu_mul(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: tuple[torch.Tensor, float]
     ) -> torch.Tensor:
         """silu(gate) · up of norm(x) · weightᵀ + bias."""
-        return skinny_gemm.linear_silu_mul(x, weight, bias, norm=_norm(norm))
+        return skinny_gemm.linear_silu_mul(x, weight, bias, norm=_norm(norm), tuning=self.tuning)
 
     def qkv_rope_write(
         self,
@@ -270,6 +277,7 @@ class Ops:
             places.sin,
             num_heads=num_heads,
             norm=_norm(norm),
+            tuning=self.tuning,
         )
 
 

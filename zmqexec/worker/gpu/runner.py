@@ -29,14 +29,15 @@ from zmqexec.worker.batch import Batch, Rows
 from zmqexec.worker.gpu.attention import Contexts
 from zmqexec.worker.gpu.collectives import GpuCollectives
 from zmqexec.worker.gpu.device import Device, Event
-from zmqexec.worker.gpu.graphs import DecodeGraphs
+from zmqexec.worker.gpu.graphs import DecodeGraphs, ladder
 from zmqexec.worker.gpu.host_sampling import HostCollectives, HostLogits
 from zmqexec.worker.gpu.memory import free_bytes_for_cache, out_of_memory
-from zmqexec.worker.gpu.model import GpuLlama
+from zmqexec.worker.gpu.model import SKINNY_ROWS, GpuLlama
 from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places
 from zmqexec.worker.gpu.pad_heads import pad_weights, padded_head_dim
 from zmqexec.worker.gpu.sampler import DeviceSampler
 from zmqexec.worker.gpu.staging import Staging
+from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
 from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
 from zmqexec.worker.sampler import Sampled, Sampler
@@ -198,12 +199,20 @@ class GpuRunner:
             )
             self._host_sampled = np.zeros(engine.max_num_seqs, np.bool_)
             with out_of_memory(device, "capturing CUDA graphs"):
-                self._graphs = DecodeGraphs(
-                    device,
-                    self._decode_forward,
-                    engine.max_num_seqs,
-                    enabled=engine.cuda_graphs and device.is_cuda and self._decode_attention.has_kernel,
-                )
+                self._capture()
+
+    def _capture(self) -> None:
+        """Graphs of decode steps, where they can be had: one ladder ends with logits, the other with greedy tokens."""
+        config, device = self._load.config, self._device
+        sizes: list[int] = []
+        if config.cuda_graphs and device.is_cuda and self._decode_attention.has_kernel:
+            sizes = ladder(config.max_num_seqs)
+        few = [size for size in sizes if size <= SKINNY_ROWS]
+        if few:
+            tune(device, self._ops, self._decode_attention, self._collectives, self._decode_forward, few[0])
+        pool = device.graph_pool()
+        self._logits_graphs = DecodeGraphs(device, self._decode_forward, sizes, pool)
+        self._greedy_graphs = DecodeGraphs(device, self._decode_greedily, sizes, pool)
 
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -261,12 +270,15 @@ class GpuRunner:
         assert self._batch is not None
         num_rows = len(decodes)
         self._stage(decodes, updates)
-        logits = self._graphs.run(num_rows)
-        rows = self._rows
-        sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, decodes)
-        pending = self._append(step, rows.row_slots, rows.context_lens, sampled, None)
+        if self._sampler.is_greedy(decodes):
+            self._greedy_graphs.run(num_rows)
+        else:
+            logits = self._logits_graphs.run(num_rows)
+            rows = self._rows
+            sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, decodes)
+            self._ops.append(self._state, rows.row_slots, rows.context_lens, sampled, self._out)
         self._batch.finish_decodes(decodes)
-        return pending
+        return self._pending(step, num_rows, None)
 
     def _stage(self, decodes: IntArray, updates: Int32Array) -> None:
         """Copy the slots of a decode step and its block updates to the device."""
@@ -284,6 +296,12 @@ class GpuRunner:
         hidden = self._model.forward(rows.input_ids, places, self._cache, None)
         # Graphs of all sizes leave their logits in one place: a step's are consumed before the next step is launched.
         return self._model.logits(hidden, self._logits[:num_rows])
+
+    def _decode_greedily(self, num_rows: int) -> torch.Tensor:
+        """`_decode_forward`, then the likeliest tokens, appended to their sequences."""
+        sampled = self._sampler.greedy(self._decode_forward(num_rows))
+        self._ops.append(self._state, self._rows.row_slots, self._rows.context_lens, sampled, self._out)
+        return sampled
 
     def _mixed(self, step: StepInput, rows: Rows, updates: Int32Array, host_sampled: bool) -> Pending:
         """A step with prefills, or one that the host samples."""
@@ -303,9 +321,10 @@ class GpuRunner:
             sampled = self._sampler.sample(logits, slots, known, rows.sample_slots)
         else:
             sampled = slots
-        pending = self._append(step, slots, known, sampled, host)
+        if num_samples:
+            self._ops.append(self._state, slots, known, sampled, self._out)
         self._batch.finish(rows, host.token_ids if host else np.zeros(num_samples, np.int64))
-        return pending
+        return self._pending(step, num_samples, host)
 
     def _wants_prompt_logprobs(self, slot: int) -> bool:
         assert self._batch is not None
@@ -376,18 +395,9 @@ class GpuRunner:
         copied = packed.to(self._device.torch_device, non_blocking=True)
         return list(torch.split(copied, [len(array) for array in arrays]))
 
-    def _append(
-        self,
-        step: StepInput,
-        slots: torch.Tensor,
-        known: torch.Tensor,
-        sampled: torch.Tensor,
-        host: Sampled | None,
-    ) -> Pending:
-        """Append the sampled tokens to their sequences on the device, and begin to copy them back."""
-        count = len(sampled)
+    def _pending(self, step: StepInput, num_samples: int, host: Sampled | None) -> Pending:
+        """Begin to copy the step's tokens back."""
         result, ints = self._results.take()
-        if count:
-            self._ops.append(self._state, slots, known, sampled, self._out)
-            result[:count].copy_(self._out[:count], non_blocking=True)
-        return Pending(step, self._device.record(), ints[:count], host, self._collectives.health)
+        if num_samples:
+            result[:num_samples].copy_(self._out[:num_samples], non_blocking=True)
+        return Pending(step, self._device.record(), ints[:num_samples], host, self._collectives.health)

@@ -13,7 +13,7 @@ from zmqexec.config import GREEDY_BELOW
 from zmqexec.protocol import Sampling
 from zmqexec.worker.gpu.collectives import GpuCollectives
 from zmqexec.worker.gpu.device import Device
-from zmqexec.worker.gpu.ops import PDL, Ops
+from zmqexec.worker.gpu.ops import Ops
 from zmqexec.worker.kernels.sample import allocate_params, params_of, sample
 from zmqexec.worker.sampler import is_plain
 
@@ -65,27 +65,31 @@ class DeviceSampler:
         known      [>= num_rows]           int32 on the device, known tokens of each row's sequence
         slots      [num_rows]              the same slots, on the host
         """
+        if self.is_greedy(slots):
+            return self.greedy(logits)
         out = self._out[: len(slots)]
-        if self._is_greedy[slots].all():
-            self._greedy(logits, out)
-            return out
         if self._collectives.tp_size > 1:
             logits = self._collectives.all_gather(logits.contiguous()).transpose(0, 1).flatten(1)
         count = len(out)
-        sample(out, logits[:, : self._vocab_size], self._params, row_slots[:count], known[:count], pdl=PDL)
+        sample(out, logits[:, : self._vocab_size], self._params, row_slots[:count], known[:count], pdl=self._ops.pdl)
         return out
 
-    def _greedy(self, logits: torch.Tensor, out: torch.Tensor) -> None:
-        """The id of the largest logit over all ranks; of equal ones the lowest."""
+    def is_greedy(self, slots: IntArray) -> bool:
+        """Whether `greedy` is all that these slots need."""
+        return bool(self._is_greedy[slots].all())
+
+    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
+        """The id of each row's largest logit over all ranks, int32; of equal ones the lowest. Can be captured."""
+        out = self._out[: len(logits)]
         if self._collectives.tp_size == 1:
             self._ops.argmax(logits, out, None, 0)
-            return
+            return out
         # float32 holds ids below 2**24 exactly. Ranks hold ascending ids and argmax takes the first of equal values.
         pairs = torch.empty((2, len(out)), dtype=torch.float32, device=logits.device)
         self._ops.argmax(logits, out, pairs[0], self._vocab_start)
         pairs[1] = out
         values, ids = self._collectives.all_gather(pairs).unbind(1)
-        out.copy_(ids.gather(0, values.argmax(dim=0, keepdim=True)).squeeze(0))
+        return out.copy_(ids.gather(0, values.argmax(dim=0, keepdim=True)).squeeze(0))
 
 
 def is_device_samplable(sampling: Sampling) -> bool:
