@@ -16,6 +16,9 @@ from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, begin_dec
 from zmqexec.worker.kernels.paged_attention import HEAD_DIMS, AttentionWorkspace
 from zmqexec.worker.kernels.reference import padded_decode_attention
 
+ATTENTION_VARIANT = 0
+"""Of heads of 128, see csrc/cuda/paged_attention.cu."""
+
 
 @dataclass(frozen=True)
 class Places:
@@ -50,7 +53,8 @@ class DecodeAttention:
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         max_rows = state.num_known.numel()
         if dtype != torch.float32 and head_dim in HEAD_DIMS and state.block_size % 16 == 0:
-            grid = device.native.attention_grid(head_dim, 0)[0]
+            variant = ATTENTION_VARIANT if head_dim == 128 else 0
+            grid = device.native.attention_grid(head_dim, variant)[0]
             self._workspace = AttentionWorkspace(
                 device.torch_device,
                 max_rows=max_rows,
@@ -58,6 +62,7 @@ class DecodeAttention:
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
                 max_context_len=state.token_ids.shape[1],
+                variant=variant,
                 num_blocks=device.num_sms * grid,
                 module=device.native,
             )
