@@ -30,7 +30,7 @@ from zmqexec.protocol import (
     StepInput,
 )
 from zmqexec.version import __version__
-from zmqexec.worker.outputs import OutputThread, Pending
+from zmqexec.worker.outputs import OutputThread, PeerMissing, Pending
 
 if TYPE_CHECKING:
     from zmqexec.worker.collectives import Collectives
@@ -103,7 +103,8 @@ class Worker:
         hello = Hello(self._epoch, self._rank, os.getpid(), str(PACKAGE_DIR), __version__, BUILD_ID)
         self._channel.reply(hello, REPLY_TIMEOUT_S)
         while True:
-            self._set_phase(Phase.IDLE)
+            if self._outputs is None or not self._outputs.is_busy:
+                self._set_phase(Phase.IDLE)
             message = self._channel.receive(WAIT_S)
             match message:
                 case None:
@@ -119,10 +120,12 @@ class Worker:
 
     def _step(self, step: StepInput) -> None:
         self._step_id = step.step_id
-        self._set_phase(Phase.PREFILL if step.prefills else Phase.DECODE)
+        phase = Phase.PREFILL if step.prefills else Phase.DECODE
+        self._set_phase(phase)
         runner = self._open_runner()
         if self._outputs is not None:
             self._outputs.put(runner.submit(step))  # type: ignore[union-attr]
+            self._set_phase(phase)  # the other thread may just have called us idle
             return
         output = runner.run(step)
         if self._rank == 0:
@@ -181,7 +184,7 @@ class Worker:
                 arguments["collective_timeout_s"],
                 join_timeout_s=arguments["join_timeout_s"],
             )
-        self._outputs = OutputThread(self._deliver, self._fail_from_thread)
+        self._outputs = OutputThread(self._deliver, self._fail_from_thread, lambda: self._set_phase(Phase.IDLE))
         return GpuRunner(load, collectives, device, on_phase=self._set_phase)
 
     def _deliver(self, pending: Pending) -> None:
@@ -192,6 +195,8 @@ class Worker:
     def _fail_from_thread(self, error: BaseException) -> None:
         """The main thread may be waiting for a step that will never come, or for the device: end here."""
         if not isinstance(error, BusClosed) and not self._channel.closed:
+            if isinstance(error, PeerMissing):
+                self._phase = Phase.COLLECTIVE  # the peer's own news, if there is any, says more
             traceback.print_exception(error)
             self._report(error)
             sys.stderr.flush()

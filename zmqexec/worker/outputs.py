@@ -16,25 +16,45 @@ STOP_TIMEOUT_S = 2.0
 """A thread that waits for a device that hangs is left behind: the process ends anyway."""
 
 
+class PeerMissing(RuntimeError):
+    """A collective on the device gave up on a peer; what the step computed is worth nothing."""
+
+
 class Pending(Protocol):
     """A step that has been launched."""
 
     def result(self) -> StepOutput:
-        """Wait for it."""
+        """Wait for it. PeerMissing: there will be no result."""
 
 
 class OutputThread:
-    """Calls `deliver` for every step put in, in order; the first exception goes to `on_error` and ends the thread."""
+    """Calls `deliver` for every step put in, in order, and `on_idle` when that was the last one.
 
-    def __init__(self, deliver: Callable[[Pending], None], on_error: Callable[[BaseException], None]) -> None:
+    The first exception goes to `on_error` and ends the thread.
+    """
+
+    def __init__(
+        self,
+        deliver: Callable[[Pending], None],
+        on_error: Callable[[BaseException], None],
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
         self._deliver = deliver
         self._on_error = on_error
+        self._on_idle = on_idle
         self._steps: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._num_put = self._num_delivered = 0
         self._thread = threading.Thread(target=self._run, name="zmqexec-outputs", daemon=True)
         self._thread.start()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step has not been delivered yet."""
+        return self._num_put > self._num_delivered
+
     def put(self, pending: Pending) -> None:
         """Hand over a step. Never waits."""
+        self._num_put += 1
         self._steps.put(pending)
 
     def stop(self) -> None:
@@ -46,5 +66,8 @@ class OutputThread:
         try:
             while (pending := self._steps.get()) is not None:
                 self._deliver(pending)
+                self._num_delivered += 1
+                if not self.is_busy:
+                    self._on_idle()
         except BaseException as error:
             self._on_error(error)

@@ -40,6 +40,7 @@ from zmqexec.worker.gpu.staging import Staging
 from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
 from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
+from zmqexec.worker.outputs import PeerMissing
 from zmqexec.worker.sampler import Sampled, Sampler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,12 +63,12 @@ class Pending:
     health: Callable[[], str | None]
 
     def result(self) -> StepOutput:
-        """What the step sampled. RuntimeError: a collective gave up on a peer."""
+        """What the step sampled. PeerMissing: a collective gave up on a peer."""
         if self.event is not None:
             self.event.synchronize()
         problem = self.health()
         if problem:
-            raise RuntimeError(problem)
+            raise PeerMissing(problem)
         return StepOutput(
             epoch=self.step.epoch,
             step_id=self.step.step_id,
