@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             if (!NORM_IN_LOOP && piece < pieces && piece_k(piece) < p.k)
                 early[i] = load_nc_16(p.norm_weight + piece_k(piece) * 2);
         }
-        constexpr int TOKENS = NORM_IN_LOOP ? 4 : 2, AHEAD = 2;  // as many loads under way as registers allow
+        constexpr int TOKENS = 4, AHEAD = 2;  // eight loads under way
 #pragma unroll 1
         for (int token = 0; token < p.m; token += TOKENS) {
             float sum[TOKENS] = {};
@@ -509,10 +509,12 @@ const char* with_shape(int variant, Function&& function)
     throw BadArgument("variant is 0 to 3");
 }
 
+// Shared memory.
 struct Limits {
-    std::size_t block_bytes;  // shared memory that a block may have
-    std::size_t share_bytes;  // and with which two blocks are on an SM
+    std::size_t block_bytes;  // that a block may have
+    std::size_t sm_bytes;     // of an SM, where each block takes BLOCK_OVERHEAD more than it asks for
 };
+constexpr std::size_t BLOCK_OVERHEAD = 1024;
 
 const char* shared_limits(Limits& limits)
 {
@@ -530,7 +532,7 @@ const char* shared_limits(Limits& limits)
         status = cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     if (const char* error = cuda_error(status, "cudaDeviceGetAttribute")) return error;
 #endif
-    limits = {static_cast<std::size_t>(per_block), static_cast<std::size_t>(per_sm / 2 - 1024)};
+    limits = {static_cast<std::size_t>(per_block), static_cast<std::size_t>(per_sm)};
 #ifdef __CUDACC__
     if (device < 64) known[device] = limits;
 #endif
@@ -549,30 +551,49 @@ std::size_t shared_bytes(const SkinnyGemm& p)
 
 // Sets stages and where x is, as asked or (0) chosen here; false where nothing fits.
 //
-// x stays in shared memory if a successor's block fits beside this one with it, otherwise it is streamed. It is also
-// streamed where there is one pass only: that costs nothing.
+// A successor's block should fit beside this one, to fill its ring early: both in half an SM, or a large one with x in
+// shared memory next to a small one that streams it, as they take turns in a layer. Streaming costs nothing where there
+// is one pass. In several it reads x again in each, through an L2 that already carries W: m / 32 of W's bytes.
 template <class S>
 bool choose(SkinnyGemm& p, const Limits& limits, int blocks, int stages, int x_mode, std::size_t& bytes)
 {
     const int resident_slots = divide_up(divide_up(p.k, S::CHUNK), S::WARPS);
-    const auto fits = [&](bool streamed, int with_stages, std::size_t most) {
-        p.x_streamed = streamed;
-        p.stages = with_stages;
-        p.x_slots = streamed ? with_stages : resident_slots;
-        bytes = shared_bytes<S>(p);
-        return bytes <= most;
+    const auto bytes_of = [&](SkinnyGemm& q, bool streamed, int with_stages) {
+        q.x_streamed = streamed;
+        q.stages = with_stages;
+        q.x_slots = streamed ? with_stages : resident_slots;
+        return shared_bytes<S>(q);
     };
+    SkinnyGemm small = p;
+    small.norm_weight = nullptr;
+    const std::size_t small_bytes = bytes_of(small, true, 2) + 2 * BLOCK_OVERHEAD;
+    const std::size_t half = limits.sm_bytes / 2 - BLOCK_OVERHEAD;
+    const std::size_t beside_small = limits.sm_bytes > small_bytes ? limits.sm_bytes - small_bytes : 0;
     const bool one_pass = divide_up(p.tiles, blocks) <= S::TILES && p.norm_weight == nullptr;
-    for (std::size_t most : {limits.share_bytes, limits.block_bytes})
-        for (int s : {3, 2, 1})
-            for (bool streamed : {false, true}) {
-                if (stages != 0 && s != 3) continue;
-                if (x_mode != 0 && streamed != (x_mode == 2)) continue;
-                if (x_mode == 0 && one_pass && !streamed) continue;
-                // One stage computes or loads, but never both: not for a successor's sake.
-                if (stages == 0 && s == 1 && most != limits.block_bytes) continue;
-                if (fits(streamed, stages != 0 ? stages : s, most)) return true;
-            }
+
+    const struct {
+        bool streamed;
+        int stages;
+        std::size_t most;
+        bool wanted;
+    } choices[] = {
+        {false, 3, half, !one_pass},
+        {true, 3, half, one_pass || p.m <= 2},
+        {false, 2, half, !one_pass},
+        {false, 2, beside_small, !one_pass && bytes_of(small, true, 3) > half},
+        {false, 2, limits.block_bytes, !one_pass && p.m > 8},
+        {true, 3, half, true},
+        {true, 2, half, true},
+        {true, 3, limits.block_bytes, true},
+        {true, 2, limits.block_bytes, true},
+        {true, 1, limits.block_bytes, true},
+        {false, 1, limits.block_bytes, x_mode == 1},
+    };
+    for (const auto& choice : choices) {
+        if (x_mode != 0 ? choice.streamed != (x_mode == 2) : !choice.wanted) continue;
+        bytes = bytes_of(p, choice.streamed, stages != 0 ? stages : choice.stages);
+        if (bytes <= (stages != 0 ? limits.block_bytes : choice.most)) return true;
+    }
     return false;
 }
 
