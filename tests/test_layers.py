@@ -33,7 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "bus": BASE | {"_bus"},
     "executor": BASE | {"bus", "child"},
     "driver": BASE | MODEL_FILES | {"executor", "demo"},
-    "worker": BASE | MODEL_FILES | {"bus", "child"},
+    "worker": BASE | MODEL_FILES | {"bus", "child", "_cuda"},
     "text": BASE | {"model_config"},
     "frontend": BASE | {"text", "outputs"},
     "outputs": set(),

@@ -17,7 +17,7 @@ Every matrix is [out, in] and contiguous; x may be a strided view with contiguou
 
 from __future__ import annotations
 
-import importlib
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -260,13 +260,15 @@ def _device(x: torch.Tensor) -> tuple[Any, int, int]:
 
 @cache
 def _cuda(device: int) -> tuple[Any, int]:
-    return importlib.import_module("zmqexec._cuda"), torch.cuda.get_device_properties(device).multi_processor_count
+    from zmqexec import _cuda  # missing where zmqexec was built without nvcc
+
+    return _cuda, _cuda.device_info(device)[0]
 
 
 @cache
 def _emulated() -> tuple[Any, int]:
     """Tensors on the CPU: the tests' emulator, which they have loaded."""
-    module = importlib.import_module("_cuda_emulated")
+    module: Any = sys.modules["_cuda_emulated"]
     return module, module.device_info(0)[0]
 
 
