@@ -146,6 +146,10 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     const int first_tile = static_cast<int>(blockIdx.x * static_cast<unsigned>(p.tiles) / gridDim.x);
     const int end_tile = static_cast<int>((blockIdx.x + 1) * static_cast<unsigned>(p.tiles) / gridDim.x);
     const int passes = (end_tile - first_tile + S::TILES - 1) / S::TILES;
+    // Passes differ by one tile at most, the longer ones first: one of a single tile would keep too little under way.
+    const int pass_tiles = (end_tile - first_tile) / max(passes, 1);
+    const int longer_passes = end_tile - first_tile - pass_tiles * passes;
+    const auto pass_begin = [&](int pass) { return first_tile + pass * pass_tiles + min(pass, longer_passes); };
     const int all_chunks = (p.k + S::CHUNK - 1) / S::CHUNK;
     const int chunks = warp < all_chunks ? (all_chunks - warp + S::WARPS - 1) / S::WARPS : 0;  // of this warp
     const auto chunk_k = [&](int chunk) { return (warp + chunk * S::WARPS) * S::CHUNK; };
@@ -160,10 +164,11 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     int load_pass = chunks > 0 ? 0 : passes, load_chunk = 0, load_slot = 0;
 
     const auto begin_load_pass = [&] {
+        const int begin = pass_begin(load_pass), end = pass_begin(load_pass + 1);
         rows_inside = 0;
 #pragma unroll
         for (int q = 0; q < S::TILES; q++) {
-            const int tile = first_tile + load_pass * S::TILES + q;
+            const int tile = begin + q;
             const int group = tile / p.group_tiles;
             const int row = group * p.group_rows + (tile - group * p.group_tiles) * 4 + copy_row;
             tile_units[q] = static_cast<uint32_t>(row) * row_units + static_cast<uint32_t>(copy_piece);
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             for (int i = 0; i < 8 / S::COPY_ROWS; i++) {
                 const int in_tile = i * S::COPY_ROWS;
                 const int of_row = row + in_tile % 4 + (in_tile >= 4 ? p.second_rows : 0);
-                const bool inside = tile < end_tile && of_row < p.n;
+                const bool inside = tile < end && of_row < p.n;
                 rows_inside |= (inside ? 1u : 0u) << (q * (8 / S::COPY_ROWS) + i);
             }
         }
@@ -243,8 +248,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
         for (int i = 0; i < ITEMS; i++) {
             const int item = static_cast<int>(threadIdx.x) + i * S::THREADS;
             const int in_tile = item % 4, q = item / 4 % S::TILES, token = item / (4 * S::TILES);
-            const int tile = first_tile + pass * S::TILES + q;
-            if (token < p.m && tile < end_tile) function(i, token, q, in_tile, tile);
+            const int tile = pass_begin(pass) + q;
+            if (token < p.m && tile < pass_begin(pass + 1)) function(i, token, q, in_tile, tile);
         }
     };
     const bool rope = p.epilogue == Epilogue::rope_write;

@@ -252,14 +252,14 @@ def _launch(
 def _device(x: torch.Tensor) -> tuple[Any, int, int]:
     """The extension, the number of SMs and the current stream of x's device."""
     if x.device.type == "cuda":
-        module, num_sms = _cuda(x.device.index)
+        module, num_sms = _compiled(x.device.index)
         return module, num_sms, torch.cuda.current_stream(x.device).cuda_stream
     module, num_sms = _emulated()
     return module, num_sms, 0
 
 
 @cache
-def _cuda(device: int) -> tuple[Any, int]:
+def _compiled(device: int) -> tuple[Any, int]:
     from zmqexec import _cuda  # missing where zmqexec was built without nvcc
 
     return _cuda, _cuda.device_info(device)[0]
