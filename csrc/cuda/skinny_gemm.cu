@@ -89,12 +89,6 @@ __device__ __forceinline__ float round_to(float value)
     return to_float<T>(from_float<T>(value));
 }
 
-template <class T>
-__device__ __forceinline__ float load_cg_float(const void* array, int64_t index)
-{
-    return unpack2<T>(load_cg_2(static_cast<const T*>(array) + index)).x;
-}
-
 // weight · T(x · scale), each product rounded to T: reference.py's rms_norm.
 template <class T>
 __device__ __forceinline__ uint32_t norm_2(uint32_t x, uint32_t weight, float scale)
@@ -263,52 +257,55 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 
     float scale[NT] = {};  // of tokens g + 8 · i, NORM_IN_LOOP only
     if (p.norm_weight != nullptr) {
-        const int pieces = chunks * S::PIECES;
-        const auto piece_k = [&](int piece) { return chunk_k(piece / S::PIECES) + piece % S::PIECES * 8; };
-        const auto x_piece = [&](int row, int piece) {
-            return x_ring + piece / S::PIECES * x_slot_bytes + piece_offset<S>(row, piece % S::PIECES);
-        };
+        // A thread takes piece copy_piece of every COPY_ROWS-th chunk.
+        const auto piece_k = [&](int chunk) { return chunk_k(chunk) + copy_piece * 8; };
+        const auto has_piece = [&](int chunk) { return chunk < chunks && piece_k(chunk) < p.k; };
         // The weights are asked for now, to be there when the sums are.
         constexpr int EARLY = 2;
         uint4 early[EARLY];
 #pragma unroll
         for (int i = 0; i < EARLY; i++) {
-            const int piece = lane + i * 32;
+            const int chunk = copy_row + i * S::COPY_ROWS;
             early[i] = make_uint4(0, 0, 0, 0);
-            if (!NORM_IN_LOOP && piece < pieces && piece_k(piece) < p.k)
-                early[i] = load_nc_16(p.norm_weight + piece_k(piece) * 2);
+            if (!NORM_IN_LOOP && has_piece(chunk)) early[i] = load_nc_16(p.norm_weight + piece_k(chunk) * 2);
         }
         constexpr int TOKENS = 4, AHEAD = 2;  // eight loads under way
 #pragma unroll 1
         for (int token = 0; token < p.m; token += TOKENS) {
             float sum[TOKENS] = {};
 #pragma unroll 1
-            for (int begin = lane; begin < pieces; begin += AHEAD * 32) {
+            for (int begin = copy_row; begin < chunks; begin += AHEAD * S::COPY_ROWS) {
                 uint4 v[AHEAD][TOKENS];
 #pragma unroll
-                for (int a = 0; a < AHEAD; a++)
+                for (int a = 0; a < AHEAD; a++) {
+                    const int chunk = begin + a * S::COPY_ROWS;
+                    const unsigned char* from = x_row(token) + piece_k(chunk) * 2;
 #pragma unroll
                     for (int i = 0; i < TOKENS; i++) {
-                        const int piece = begin + a * 32;
                         v[a][i] = make_uint4(0, 0, 0, 0);
-                        if (token + i < p.m && piece < pieces && piece_k(piece) < p.k)
-                            v[a][i] = load_cg_16(x_row(token + i) + piece_k(piece) * 2);
+                        if (token + i < p.m && has_piece(chunk)) v[a][i] = load_cg_16(from);
+                        from += p.x_stride * 2;
                     }
+                }
 #pragma unroll
-                for (int a = 0; a < AHEAD; a++)
+                for (int i = 0; i < TOKENS; i++) {
+                    if (token + i >= p.m) break;
 #pragma unroll
-                    for (int i = 0; i < TOKENS; i++) {
-                        const int piece = begin + a * 32;
+                    for (int a = 0; a < AHEAD; a++) {
+                        const int chunk = begin + a * S::COPY_ROWS;
                         sum[i] += sum_of_squares_8<T>(v[a][i]);
-                        if (!NORM_IN_LOOP && token + i < p.m && piece < pieces)
-                            *reinterpret_cast<uint4*>(x_piece(token + i, piece)) = v[a][i];
+                        if (!NORM_IN_LOOP && chunk < chunks)
+                            *reinterpret_cast<uint4*>(x_ring + chunk * x_slot_bytes +
+                                                      piece_offset<S>(token + i, copy_piece)) = v[a][i];
                     }
+                }
             }
 #pragma unroll
             for (int i = 0; i < TOKENS; i++) {
+                if (token + i >= p.m) break;
                 for (int distance = 16; distance > 0; distance /= 2)
                     sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], distance);
-                if (lane == 0 && token + i < p.m) squares[warp * p.m + token + i] = sum[i];
+                if (lane == 0) squares[warp * p.m + token + i] = sum[i];
             }
         }
         __syncthreads();
@@ -325,45 +322,54 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 #pragma unroll 1
             for (int token = 0; token < p.m; token++) {
                 const float by = scale_of(token);
-                const auto apply = [&](int piece, uint4 weight) {
-                    uint4* at = reinterpret_cast<uint4*>(x_piece(token, piece));
+                unsigned char* const row = x_ring + piece_offset<S>(token, copy_piece);
+                const auto apply = [&](int chunk, uint4 weight) {
+                    uint4* at = reinterpret_cast<uint4*>(row + chunk * x_slot_bytes);
                     *at = norm_8<T>(*at, weight, by);
                 };
 #pragma unroll
                 for (int i = 0; i < EARLY; i++)
-                    if (lane + i * 32 < pieces) apply(lane + i * 32, early[i]);
+                    if (has_piece(copy_row + i * S::COPY_ROWS)) apply(copy_row + i * S::COPY_ROWS, early[i]);
 #pragma unroll 1
-                for (int piece = lane + EARLY * 32; piece < pieces; piece += 32)
-                    if (piece_k(piece) < p.k) apply(piece, load_nc_16(p.norm_weight + piece_k(piece) * 2));
+                for (int chunk = copy_row + EARLY * S::COPY_ROWS; has_piece(chunk); chunk += S::COPY_ROWS)
+                    apply(chunk, load_nc_16(p.norm_weight + piece_k(chunk) * 2));
             }
         }
     }
     if (p.x_streamed || x_in_first_pass) {
         // x of the stages that are under way: through registers, since waiting for a cp.async group would wait for
         // all of W's groups before it.
+        const int ahead = min(p.stages, p.x_streamed ? passes * chunks : chunks);
+        const int first_k = chunk_k(0) + copy_piece * 8;
 #pragma unroll 1
         for (int begin = copy_row; begin < x_rows; begin += 2 * S::COPY_ROWS) {
             uint4 v[MAX_STAGES][2];
-            const auto for_each_piece = [&](auto&& function) {
-                const int end = min(p.stages, p.x_streamed ? passes * chunks : chunks);
-                int chunk = 0;
+            const unsigned char* from[2];
+            int slots[2];
 #pragma unroll
-                for (int s = 0; s < MAX_STAGES; s++) {
+            for (int i = 0; i < 2; i++) {
+                const int row = begin + i * S::COPY_ROWS;
+                slots[i] = row < x_rows ? ahead : 0;
+                from[i] = x_row(row < x_rows ? row : 0) + first_k * 2;
+            }
+            int chunk = 0;
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const int row = begin + i * S::COPY_ROWS;
-                        if (s < end && row < x_rows) function(s, chunk, row, v[s][i]);
-                    }
-                    chunk = chunk + 1 == chunks ? 0 : chunk + 1;
+            for (int s = 0; s < MAX_STAGES; s++) {
+                const int step = chunk * S::WARPS * S::CHUNK;
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    v[s][i] = make_uint4(0, 0, 0, 0);
+                    if (s < slots[i] && first_k + step < p.k) v[s][i] = load_cg_16(from[i] + step * 2);
                 }
-            };
-            for_each_piece([&](int, int chunk, int row, uint4& piece) {
-                const int k = chunk_k(chunk) + copy_piece * 8;
-                piece = k < p.k ? load_cg_16(x_row(row) + k * 2) : make_uint4(0, 0, 0, 0);
-            });
-            for_each_piece([&](int s, int, int row, const uint4& piece) {
-                *reinterpret_cast<uint4*>(x_ring + s * x_slot_bytes + piece_offset<S>(row, copy_piece)) = piece;
-            });
+                chunk = chunk + 1 == chunks ? 0 : chunk + 1;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                unsigned char* const to = x_ring + piece_offset<S>(begin + i * S::COPY_ROWS, copy_piece);
+#pragma unroll
+                for (int s = 0; s < MAX_STAGES; s++)
+                    if (s < slots[i]) *reinterpret_cast<uint4*>(to + s * x_slot_bytes) = v[s][i];
+            }
         }
     }
 
@@ -376,19 +382,19 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 
     int slot = 0;
     for (int pass = 0; pass < passes; pass++) {
-        float addend[ITEMS][2] = {};  // the residual, or cosine and sine
+        uint32_t addend[ITEMS][2] = {};  // bits of the residual in T, or of cosine and sine: converted where needed
         if (p.epilogue == Epilogue::add_residual)
             for_each_item(pass, [&](int i, int token, int, int in_tile, int tile) {
                 const int row = tile * 8 + in_tile;
-                const int64_t at = token * p.residual_stride + row;
-                if (row < p.n) addend[i][0] = load_cg_float<T>(p.residual, at);
-                if (row + 4 < p.n) addend[i][1] = load_cg_float<T>(p.residual, at + 4);
+                const T* const from = static_cast<const T*>(p.residual) + token * p.residual_stride + row;
+                if (row < p.n) addend[i][0] = load_cg_2(from);
+                if (row + 4 < p.n) addend[i][1] = load_cg_2(from + 4);
             });
         if (rope)
             for_each_item(pass, [&](int i, int, int, int in_tile, int tile) {
-                const int64_t at = static_cast<int64_t>(position[i]) * half + tile % p.group_tiles * 4 + in_tile;
-                addend[i][0] = p.cos[at];
-                addend[i][1] = p.sin[at];
+                const int at = position[i] * half + tile % p.group_tiles * 4 + in_tile;
+                addend[i][0] = __float_as_uint(p.cos[at]);
+                addend[i][1] = __float_as_uint(p.sin[at]);
             });
 
         float c[S::TILES / 2][NT][4] = {};
@@ -458,8 +464,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             T* const out = static_cast<T*>(p.out) + token * p.out_stride;
             if (p.epilogue == Epilogue::store || p.epilogue == Epilogue::add_residual) {
                 if (p.epilogue == Epilogue::add_residual) {
-                    low += addend[i][0];
-                    high += addend[i][1];
+                    low += unpack2<T>(addend[i][0]).x;
+                    high += unpack2<T>(addend[i][1]).x;
                 }
                 if (p.out_float) {
                     float* const wide = static_cast<float*>(p.out) + token * p.out_stride;
@@ -481,7 +487,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
                 return;
             }
             if (group < p.heads + p.kv_heads) {
-                const float cos = addend[i][0], sin = addend[i][1];
+                const float cos = __uint_as_float(addend[i][0]), sin = __uint_as_float(addend[i][1]);
                 const float rotated = __fmul_rn(low, cos) - __fmul_rn(high, sin);
                 high = __fmul_rn(high, cos) + __fmul_rn(low, sin);
                 low = rotated;
