@@ -89,12 +89,6 @@ __device__ __forceinline__ float round_to(float value)
     return to_float<T>(from_float<T>(value));
 }
 
-template <class T>
-__device__ __forceinline__ float load_cg_float(const void* array, int64_t index)
-{
-    return unpack2<T>(load_cg_2(static_cast<const T*>(array) + index)).x;
-}
-
 // weight · T(x · scale), each product rounded to T: reference.py's rms_norm.
 template <class T>
 __device__ __forceinline__ uint32_t norm_2(uint32_t x, uint32_t weight, float scale)
@@ -146,6 +140,10 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     const int first_tile = static_cast<int>(blockIdx.x * static_cast<unsigned>(p.tiles) / gridDim.x);
     const int end_tile = static_cast<int>((blockIdx.x + 1) * static_cast<unsigned>(p.tiles) / gridDim.x);
     const int passes = (end_tile - first_tile + S::TILES - 1) / S::TILES;
+    // Passes differ by one tile at most, the longer ones first: one of a single tile would keep too little under way.
+    const int pass_tiles = (end_tile - first_tile) / max(passes, 1);
+    const int longer_passes = end_tile - first_tile - pass_tiles * passes;
+    const auto pass_begin = [&](int pass) { return first_tile + pass * pass_tiles + min(pass, longer_passes); };
     const int all_chunks = (p.k + S::CHUNK - 1) / S::CHUNK;
     const int chunks = warp < all_chunks ? (all_chunks - warp + S::WARPS - 1) / S::WARPS : 0;  // of this warp
     const auto chunk_k = [&](int chunk) { return (warp + chunk * S::WARPS) * S::CHUNK; };
@@ -159,10 +157,11 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     int load_pass = chunks > 0 ? 0 : passes, load_chunk = 0, load_slot = 0;
 
     const auto begin_load_pass = [&] {
+        const int begin = pass_begin(load_pass), end = pass_begin(load_pass + 1);
         rows_inside = 0;
 #pragma unroll
         for (int q = 0; q < S::TILES; q++) {
-            const int tile = first_tile + load_pass * S::TILES + q;
+            const int tile = begin + q;
             const int group = tile / p.group_tiles;
             const int row = group * p.group_rows + (tile - group * p.group_tiles) * 4 + copy_row;
             tile_units[q] = static_cast<uint32_t>(row) * row_units + static_cast<uint32_t>(copy_piece);
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             for (int i = 0; i < 8 / S::COPY_ROWS; i++) {
                 const int in_tile = i * S::COPY_ROWS;
                 const int of_row = row + in_tile % 4 + (in_tile >= 4 ? p.second_rows : 0);
-                const bool inside = tile < end_tile && of_row < p.n;
+                const bool inside = tile < end && of_row < p.n;
                 rows_inside |= (inside ? 1u : 0u) << (q * (8 / S::COPY_ROWS) + i);
             }
         }
@@ -241,8 +240,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
         for (int i = 0; i < ITEMS; i++) {
             const int item = static_cast<int>(threadIdx.x) + i * S::THREADS;
             const int in_tile = item % 4, q = item / 4 % S::TILES, token = item / (4 * S::TILES);
-            const int tile = first_tile + pass * S::TILES + q;
-            if (token < p.m && tile < end_tile) function(i, token, q, in_tile, tile);
+            const int tile = pass_begin(pass) + q;
+            if (token < p.m && tile < pass_begin(pass + 1)) function(i, token, q, in_tile, tile);
         }
     };
     const bool rope = p.epilogue == Epilogue::rope_write;
@@ -256,52 +255,55 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 
     float scale[NT] = {};  // of tokens g + 8 · i, NORM_IN_LOOP only
     if (p.norm_weight != nullptr) {
-        const int pieces = chunks * S::PIECES;
-        const auto piece_k = [&](int piece) { return chunk_k(piece / S::PIECES) + piece % S::PIECES * 8; };
-        const auto x_piece = [&](int row, int piece) {
-            return x_ring + piece / S::PIECES * x_slot_bytes + piece_offset<S>(row, piece % S::PIECES);
-        };
+        // A thread takes piece copy_piece of every COPY_ROWS-th chunk.
+        const auto piece_k = [&](int chunk) { return chunk_k(chunk) + copy_piece * 8; };
+        const auto has_piece = [&](int chunk) { return chunk < chunks && piece_k(chunk) < p.k; };
         // The weights are asked for now, to be there when the sums are.
         constexpr int EARLY = 2;
         uint4 early[EARLY];
 #pragma unroll
         for (int i = 0; i < EARLY; i++) {
-            const int piece = lane + i * 32;
+            const int chunk = copy_row + i * S::COPY_ROWS;
             early[i] = make_uint4(0, 0, 0, 0);
-            if (!NORM_IN_LOOP && piece < pieces && piece_k(piece) < p.k)
-                early[i] = load_nc_16(p.norm_weight + piece_k(piece) * 2);
+            if (!NORM_IN_LOOP && has_piece(chunk)) early[i] = load_nc_16(p.norm_weight + piece_k(chunk) * 2);
         }
-        constexpr int TOKENS = NORM_IN_LOOP ? 4 : 2, AHEAD = 2;  // as many loads under way as registers allow
+        constexpr int TOKENS = 4, AHEAD = 2;  // eight loads under way
 #pragma unroll 1
         for (int token = 0; token < p.m; token += TOKENS) {
             float sum[TOKENS] = {};
 #pragma unroll 1
-            for (int begin = lane; begin < pieces; begin += AHEAD * 32) {
+            for (int begin = copy_row; begin < chunks; begin += AHEAD * S::COPY_ROWS) {
                 uint4 v[AHEAD][TOKENS];
 #pragma unroll
-                for (int a = 0; a < AHEAD; a++)
+                for (int a = 0; a < AHEAD; a++) {
+                    const int chunk = begin + a * S::COPY_ROWS;
+                    const unsigned char* from = x_row(token) + piece_k(chunk) * 2;
 #pragma unroll
                     for (int i = 0; i < TOKENS; i++) {
-                        const int piece = begin + a * 32;
                         v[a][i] = make_uint4(0, 0, 0, 0);
-                        if (token + i < p.m && piece < pieces && piece_k(piece) < p.k)
-                            v[a][i] = load_cg_16(x_row(token + i) + piece_k(piece) * 2);
+                        if (token + i < p.m && has_piece(chunk)) v[a][i] = load_cg_16(from);
+                        from += p.x_stride * 2;
                     }
+                }
 #pragma unroll
-                for (int a = 0; a < AHEAD; a++)
+                for (int i = 0; i < TOKENS; i++) {
+                    if (token + i >= p.m) break;
 #pragma unroll
-                    for (int i = 0; i < TOKENS; i++) {
-                        const int piece = begin + a * 32;
+                    for (int a = 0; a < AHEAD; a++) {
+                        const int chunk = begin + a * S::COPY_ROWS;
                         sum[i] += sum_of_squares_8<T>(v[a][i]);
-                        if (!NORM_IN_LOOP && token + i < p.m && piece < pieces)
-                            *reinterpret_cast<uint4*>(x_piece(token + i, piece)) = v[a][i];
+                        if (!NORM_IN_LOOP && chunk < chunks)
+                            *reinterpret_cast<uint4*>(x_ring + chunk * x_slot_bytes +
+                                                      piece_offset<S>(token + i, copy_piece)) = v[a][i];
                     }
+                }
             }
 #pragma unroll
             for (int i = 0; i < TOKENS; i++) {
+                if (token + i >= p.m) break;
                 for (int distance = 16; distance > 0; distance /= 2)
                     sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], distance);
-                if (lane == 0 && token + i < p.m) squares[warp * p.m + token + i] = sum[i];
+                if (lane == 0) squares[warp * p.m + token + i] = sum[i];
             }
         }
         __syncthreads();
@@ -318,45 +320,54 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 #pragma unroll 1
             for (int token = 0; token < p.m; token++) {
                 const float by = scale_of(token);
-                const auto apply = [&](int piece, uint4 weight) {
-                    uint4* at = reinterpret_cast<uint4*>(x_piece(token, piece));
+                unsigned char* const row = x_ring + piece_offset<S>(token, copy_piece);
+                const auto apply = [&](int chunk, uint4 weight) {
+                    uint4* at = reinterpret_cast<uint4*>(row + chunk * x_slot_bytes);
                     *at = norm_8<T>(*at, weight, by);
                 };
 #pragma unroll
                 for (int i = 0; i < EARLY; i++)
-                    if (lane + i * 32 < pieces) apply(lane + i * 32, early[i]);
+                    if (has_piece(copy_row + i * S::COPY_ROWS)) apply(copy_row + i * S::COPY_ROWS, early[i]);
 #pragma unroll 1
-                for (int piece = lane + EARLY * 32; piece < pieces; piece += 32)
-                    if (piece_k(piece) < p.k) apply(piece, load_nc_16(p.norm_weight + piece_k(piece) * 2));
+                for (int chunk = copy_row + EARLY * S::COPY_ROWS; has_piece(chunk); chunk += S::COPY_ROWS)
+                    apply(chunk, load_nc_16(p.norm_weight + piece_k(chunk) * 2));
             }
         }
     }
     if (p.x_streamed || x_in_first_pass) {
         // x of the stages that are under way: through registers, since waiting for a cp.async group would wait for
         // all of W's groups before it.
+        const int ahead = min(p.stages, p.x_streamed ? passes * chunks : chunks);
+        const int first_k = chunk_k(0) + copy_piece * 8;
 #pragma unroll 1
         for (int begin = copy_row; begin < x_rows; begin += 2 * S::COPY_ROWS) {
             uint4 v[MAX_STAGES][2];
-            const auto for_each_piece = [&](auto&& function) {
-                const int end = min(p.stages, p.x_streamed ? passes * chunks : chunks);
-                int chunk = 0;
+            const unsigned char* from[2];
+            int slots[2];
 #pragma unroll
-                for (int s = 0; s < MAX_STAGES; s++) {
+            for (int i = 0; i < 2; i++) {
+                const int row = begin + i * S::COPY_ROWS;
+                slots[i] = row < x_rows ? ahead : 0;
+                from[i] = x_row(row < x_rows ? row : 0) + first_k * 2;
+            }
+            int chunk = 0;
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const int row = begin + i * S::COPY_ROWS;
-                        if (s < end && row < x_rows) function(s, chunk, row, v[s][i]);
-                    }
-                    chunk = chunk + 1 == chunks ? 0 : chunk + 1;
+            for (int s = 0; s < MAX_STAGES; s++) {
+                const int step = chunk * S::WARPS * S::CHUNK;
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    v[s][i] = make_uint4(0, 0, 0, 0);
+                    if (s < slots[i] && first_k + step < p.k) v[s][i] = load_cg_16(from[i] + step * 2);
                 }
-            };
-            for_each_piece([&](int, int chunk, int row, uint4& piece) {
-                const int k = chunk_k(chunk) + copy_piece * 8;
-                piece = k < p.k ? load_cg_16(x_row(row) + k * 2) : make_uint4(0, 0, 0, 0);
-            });
-            for_each_piece([&](int s, int, int row, const uint4& piece) {
-                *reinterpret_cast<uint4*>(x_ring + s * x_slot_bytes + piece_offset<S>(row, copy_piece)) = piece;
-            });
+                chunk = chunk + 1 == chunks ? 0 : chunk + 1;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                unsigned char* const to = x_ring + piece_offset<S>(begin + i * S::COPY_ROWS, copy_piece);
+#pragma unroll
+                for (int s = 0; s < MAX_STAGES; s++)
+                    if (s < slots[i]) *reinterpret_cast<uint4*>(to + s * x_slot_bytes) = v[s][i];
+            }
         }
     }
 
@@ -369,19 +380,19 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
 
     int slot = 0;
     for (int pass = 0; pass < passes; pass++) {
-        float addend[ITEMS][2] = {};  // the residual, or cosine and sine
+        uint32_t addend[ITEMS][2] = {};  // bits of the residual in T, or of cosine and sine: converted where needed
         if (p.epilogue == Epilogue::add_residual)
             for_each_item(pass, [&](int i, int token, int, int in_tile, int tile) {
                 const int row = tile * 8 + in_tile;
-                const int64_t at = token * p.residual_stride + row;
-                if (row < p.n) addend[i][0] = load_cg_float<T>(p.residual, at);
-                if (row + 4 < p.n) addend[i][1] = load_cg_float<T>(p.residual, at + 4);
+                const T* const from = static_cast<const T*>(p.residual) + token * p.residual_stride + row;
+                if (row < p.n) addend[i][0] = load_cg_2(from);
+                if (row + 4 < p.n) addend[i][1] = load_cg_2(from + 4);
             });
         if (rope)
             for_each_item(pass, [&](int i, int, int, int in_tile, int tile) {
-                const int64_t at = static_cast<int64_t>(position[i]) * half + tile % p.group_tiles * 4 + in_tile;
-                addend[i][0] = p.cos[at];
-                addend[i][1] = p.sin[at];
+                const int at = position[i] * half + tile % p.group_tiles * 4 + in_tile;
+                addend[i][0] = __float_as_uint(p.cos[at]);
+                addend[i][1] = __float_as_uint(p.sin[at]);
             });
 
         float c[S::TILES / 2][NT][4] = {};
@@ -451,8 +462,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             T* const out = static_cast<T*>(p.out) + token * p.out_stride;
             if (p.epilogue == Epilogue::store || p.epilogue == Epilogue::add_residual) {
                 if (p.epilogue == Epilogue::add_residual) {
-                    low += addend[i][0];
-                    high += addend[i][1];
+                    low += unpack2<T>(addend[i][0]).x;
+                    high += unpack2<T>(addend[i][1]).x;
                 }
                 if (p.out_float) {
                     float* const wide = static_cast<float*>(p.out) + token * p.out_stride;
@@ -474,7 +485,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
                 return;
             }
             if (group < p.heads + p.kv_heads) {
-                const float cos = addend[i][0], sin = addend[i][1];
+                const float cos = __uint_as_float(addend[i][0]), sin = __uint_as_float(addend[i][1]);
                 const float rotated = __fmul_rn(low, cos) - __fmul_rn(high, sin);
                 high = __fmul_rn(high, cos) + __fmul_rn(low, sin);
                 low = rotated;
@@ -507,10 +518,12 @@ const char* with_shape(int variant, Function&& function)
     throw BadArgument("variant is 0 to 3");
 }
 
+// Shared memory.
 struct Limits {
-    std::size_t block_bytes;  // shared memory that a block may have
-    std::size_t share_bytes;  // and with which two blocks are on an SM
+    std::size_t block_bytes;  // that a block may have
+    std::size_t sm_bytes;     // of an SM, where each block takes BLOCK_OVERHEAD more than it asks for
 };
+constexpr std::size_t BLOCK_OVERHEAD = 1024;
 
 const char* shared_limits(Limits& limits)
 {
@@ -528,7 +541,7 @@ const char* shared_limits(Limits& limits)
         status = cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     if (const char* error = cuda_error(status, "cudaDeviceGetAttribute")) return error;
 #endif
-    limits = {static_cast<std::size_t>(per_block), static_cast<std::size_t>(per_sm / 2 - 1024)};
+    limits = {static_cast<std::size_t>(per_block), static_cast<std::size_t>(per_sm)};
 #ifdef __CUDACC__
     if (device < 64) known[device] = limits;
 #endif
@@ -547,30 +560,49 @@ std::size_t shared_bytes(const SkinnyGemm& p)
 
 // Sets stages and where x is, as asked or (0) chosen here; false where nothing fits.
 //
-// x stays in shared memory if a successor's block fits beside this one with it, otherwise it is streamed. It is also
-// streamed where there is one pass only: that costs nothing.
+// A successor's block should fit beside this one, to fill its ring early: both in half an SM, or a large one with x in
+// shared memory next to a small one that streams it, as they take turns in a layer. Streaming costs nothing where there
+// is one pass. In several it reads x again in each, through an L2 that already carries W: m / 32 of W's bytes.
 template <class S>
 bool choose(SkinnyGemm& p, const Limits& limits, int blocks, int stages, int x_mode, std::size_t& bytes)
 {
     const int resident_slots = divide_up(divide_up(p.k, S::CHUNK), S::WARPS);
-    const auto fits = [&](bool streamed, int with_stages, std::size_t most) {
-        p.x_streamed = streamed;
-        p.stages = with_stages;
-        p.x_slots = streamed ? with_stages : resident_slots;
-        bytes = shared_bytes<S>(p);
-        return bytes <= most;
+    const auto bytes_of = [&](SkinnyGemm& q, bool streamed, int with_stages) {
+        q.x_streamed = streamed;
+        q.stages = with_stages;
+        q.x_slots = streamed ? with_stages : resident_slots;
+        return shared_bytes<S>(q);
     };
+    SkinnyGemm small = p;
+    small.norm_weight = nullptr;
+    const std::size_t small_bytes = bytes_of(small, true, 2) + 2 * BLOCK_OVERHEAD;
+    const std::size_t half = limits.sm_bytes / 2 - BLOCK_OVERHEAD;
+    const std::size_t beside_small = limits.sm_bytes > small_bytes ? limits.sm_bytes - small_bytes : 0;
     const bool one_pass = divide_up(p.tiles, blocks) <= S::TILES && p.norm_weight == nullptr;
-    for (std::size_t most : {limits.share_bytes, limits.block_bytes})
-        for (int s : {3, 2, 1})
-            for (bool streamed : {false, true}) {
-                if (stages != 0 && s != 3) continue;
-                if (x_mode != 0 && streamed != (x_mode == 2)) continue;
-                if (x_mode == 0 && one_pass && !streamed) continue;
-                // One stage computes or loads, but never both: not for a successor's sake.
-                if (stages == 0 && s == 1 && most != limits.block_bytes) continue;
-                if (fits(streamed, stages != 0 ? stages : s, most)) return true;
-            }
+
+    const struct {
+        bool streamed;
+        int stages;
+        std::size_t most;
+        bool wanted;
+    } choices[] = {
+        {false, 3, half, !one_pass},
+        {true, 3, half, one_pass || p.m <= 2},
+        {false, 2, half, !one_pass},
+        {false, 2, beside_small, !one_pass && bytes_of(small, true, 3) > half},
+        {false, 2, limits.block_bytes, !one_pass && p.m > 8},
+        {true, 3, half, true},
+        {true, 2, half, true},
+        {true, 3, limits.block_bytes, true},
+        {true, 2, limits.block_bytes, true},
+        {true, 1, limits.block_bytes, true},
+        {false, 1, limits.block_bytes, x_mode == 1},
+    };
+    for (const auto& choice : choices) {
+        if (x_mode != 0 ? choice.streamed != (x_mode == 2) : !choice.wanted) continue;
+        bytes = bytes_of(p, choice.streamed, stages != 0 ? stages : choice.stages);
+        if (bytes <= (stages != 0 ? limits.block_bytes : choice.most)) return true;
+    }
     return false;
 }
 

@@ -17,7 +17,7 @@ Every matrix is [out, in] and contiguous; x may be a strided view with contiguou
 
 from __future__ import annotations
 
-import importlib
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -252,21 +252,23 @@ def _launch(
 def _device(x: torch.Tensor) -> tuple[Any, int, int]:
     """The extension, the number of SMs and the current stream of x's device."""
     if x.device.type == "cuda":
-        module, num_sms = _cuda(x.device.index)
+        module, num_sms = _compiled(x.device.index)
         return module, num_sms, torch.cuda.current_stream(x.device).cuda_stream
     module, num_sms = _emulated()
     return module, num_sms, 0
 
 
 @cache
-def _cuda(device: int) -> tuple[Any, int]:
-    return importlib.import_module("zmqexec._cuda"), torch.cuda.get_device_properties(device).multi_processor_count
+def _compiled(device: int) -> tuple[Any, int]:
+    from zmqexec import _cuda  # missing where zmqexec was built without nvcc
+
+    return _cuda, _cuda.device_info(device)[0]
 
 
 @cache
 def _emulated() -> tuple[Any, int]:
     """Tensors on the CPU: the tests' emulator, which they have loaded."""
-    module = importlib.import_module("_cuda_emulated")
+    module: Any = sys.modules["_cuda_emulated"]
     return module, module.device_info(0)[0]
 
 
