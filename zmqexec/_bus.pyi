@@ -14,6 +14,7 @@ BUCKET_FIRST_OCTAVE: Final[int]  # histograms have four buckets to an octave, fr
 NUM_BUCKETS: Final[int]
 
 Decoders = tuple[Callable[[Any], Any], ...]  # of something with the buffer protocol
+EncodeInto = Callable[[Any, bytearray], None]
 Waits = tuple[int, int, int, int]  # spun, parked, spun_ns, parked_ns
 RankStatistics = tuple[
     int,  # attached_ns
@@ -105,6 +106,15 @@ class Segment:
 
         OverflowError: `kind` is not in [0, 2**32 - 1). ValueError: larger than `max_payload_bytes`. BusClosed: also
         when the driver closed. ProtocolError: the shared memory is damaged.
+        """
+
+    def encode(self, encode_into: EncodeInto, message: Any, kind: int, /) -> bool:
+        """Publish what `encode_into(message, buffer)` makes of `buffer`, a bytearray that lies in the ring.
+
+        False where there is no room for it now or in the whole ring: `write` its bytes then. `encode_into` is
+        msgspec's, which sets the buffer's size; a buffer that is to grow raises BufferError, and it may be called a
+        second time with a larger one. BufferError, for good, if it keeps a view of the buffer. Whatever else it raises
+        is raised here; BusClosed and ProtocolError as `write`.
         """
 
     def read(self, decoders: Decoders, timeout_s: float, /) -> Any:

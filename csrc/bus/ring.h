@@ -41,6 +41,15 @@ struct bus_writer {
     uint64_t free_from;
 };
 
+/* A record in the making: `capacity` bytes of payload fit where it lies, in slots that are free. Nothing of it is to be
+ * seen, and it may be dropped, until it is published. */
+struct bus_draft {
+    uint64_t position;  /* of the record */
+    uint64_t pad_slots; /* between the writer's position and the record's: up to the ring's end */
+    uint8_t *payload;
+    uint64_t capacity;
+};
+
 /* One reader's private state. Unread slots are [position, tail). */
 struct bus_reader {
     struct bus_ring ring;
@@ -93,6 +102,10 @@ uint64_t bus_ring_max_payload(const struct bus_ring *ring);
 bool bus_has_room(const struct bus_writer *writer, uint64_t length);
 enum bus_result bus_try_write(struct bus_writer *writer, const void *payload, uint64_t length, uint32_t kind,
                               uint64_t cause_ns, struct bus_why *why);
+enum bus_result bus_try_draft(struct bus_writer *writer, uint64_t length, struct bus_draft *draft, struct bus_why *why);
+enum bus_result bus_try_draft_at_start(struct bus_writer *writer, struct bus_draft *draft, struct bus_why *why);
+void bus_publish(struct bus_writer *writer, const struct bus_draft *draft, uint64_t length, uint32_t kind,
+                 uint64_t cause_ns);
 enum bus_result bus_try_peek(struct bus_reader *reader, struct bus_record *record, const uint8_t **payload,
                              struct bus_why *why);
 bool bus_has_record(const struct bus_reader *reader);

@@ -20,6 +20,15 @@ static PyObject *raise_closed_by_driver(void)
     return NULL;
 }
 
+/* False, with an exception set, in a worker whose driver has closed. */
+static bool is_open(const Segment *self)
+{
+    if (bus_is_driver(self) || !bus_closed_by_driver(self))
+        return true;
+    raise_closed_by_driver();
+    return false;
+}
+
 /* ── waiting ─────────────────────────────────────────────────────────────────────────────────────────────────────── */
 
 struct room {
@@ -105,10 +114,6 @@ static int write_payload(Segment *self, const Py_buffer *payload, uint32_t kind,
         return -1;
     }
     for (;;) {
-        if (!bus_is_driver(self) && bus_closed_by_driver(self)) {
-            raise_closed_by_driver();
-            return -1;
-        }
         const enum bus_result result = bus_try_write(writer, payload->buf, room.length, kind, self->cause_ns, &why);
         if (blocked_since_ns != 0) {
             const uint64_t now_ns = bus_now_ns();
@@ -131,46 +136,70 @@ static int write_payload(Segment *self, const Py_buffer *payload, uint32_t kind,
         if (bus_now_ns() >= deadline_ns)
             return 0;
         if (!wait_for(self, bus_is_driver(self) ? BUS_SPACE_BELL : BUS_REPLY_SPACE_BELL, has_room, &room,
-                      &self->write_pace, deadline_ns, NULL, &self->is_writing))
+                      &self->write_pace, deadline_ns, NULL, &self->is_writing) ||
+            !is_open(self))
             return -1;
     }
+}
+
+/* Ring for a record of `length` bytes that was published, and count it. */
+void bus_tell_readers(Segment *self, uint64_t length)
+{
+    if (bus_is_driver(self)) {
+        bus_ring_bell(&self->bus.bells->bells[BUS_WORKER_BELL]);
+        bus_count(&self->bus.driver->published, 1);
+        bus_count(&self->bus.driver->published_bytes, length);
+    } else {
+        bus_ring_bell(&self->bus.bells->bells[BUS_DRIVER_BELL]);
+        bus_count(&bus_status_of(&self->bus, (uint32_t)self->bus.rank)->replied, 1);
+    }
+}
+
+/* False, with an exception set, for what is no kind of a record. */
+bool bus_kind_of(PyObject *number, uint32_t *kind)
+{
+    const unsigned long value = PyLong_AsUnsignedLong(number);
+    if (PyErr_Occurred())
+        return false;
+    if (value >= BUS_PAD) {
+        PyErr_Format(PyExc_OverflowError, "a record's kind is less than %u", BUS_PAD);
+        return false;
+    }
+    *kind = (uint32_t)value;
+    return true;
+}
+
+/* False, with an exception set, where this thread may not write now. */
+bool bus_may_write(const Segment *self)
+{
+    if (!self->is_writing)
+        return has_rings(self) && is_open(self);
+    PyErr_SetString(BusError, "two threads write to the bus at the same time: one thread writes");
+    return false;
 }
 
 PyObject *bus_segment_write(Segment *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_buffer payload;
+    uint32_t kind;
     if (nargs != 3) {
         PyErr_SetString(PyExc_TypeError, "write(payload, kind, timeout_s) takes 3 arguments");
         return NULL;
     }
-    const unsigned long kind = PyLong_AsUnsignedLong(args[1]);
+    if (!bus_kind_of(args[1], &kind))
+        return NULL;
     const double timeout_s = PyFloat_AsDouble(args[2]);
     if (PyErr_Occurred())
         return NULL;
-    if (kind >= BUS_PAD) {
-        PyErr_Format(PyExc_OverflowError, "a record's kind is less than %u", BUS_PAD);
-        return NULL;
-    }
     if (isnan(timeout_s)) {
         PyErr_SetString(PyExc_ValueError, NO_TIMEOUT);
         return NULL;
     }
     if (PyObject_GetBuffer(args[0], &payload, PyBUF_SIMPLE) < 0) /* first: it may run anything */
         return NULL;
-    if (self->is_writing)
-        PyErr_SetString(BusError, "two threads write to the bus at the same time: one thread writes");
-    if (self->is_writing || !has_rings(self)) {
-        PyBuffer_Release(&payload);
-        return NULL;
-    }
-    const int written = write_payload(self, &payload, (uint32_t)kind, timeout_s);
-    if (written > 0) {
-        struct bus_status *status = bus_is_driver(self) ? NULL : bus_status_of(&self->bus, (uint32_t)self->bus.rank);
-        bus_ring_bell(&self->bus.bells->bells[bus_is_driver(self) ? BUS_WORKER_BELL : BUS_DRIVER_BELL]);
-        bus_count(bus_is_driver(self) ? &self->bus.driver->published : &status->replied, 1);
-        if (bus_is_driver(self))
-            bus_count(&self->bus.driver->published_bytes, (uint64_t)payload.len);
-    }
+    const int written = bus_may_write(self) ? write_payload(self, &payload, kind, timeout_s) : -1;
+    if (written > 0)
+        bus_tell_readers(self, (uint64_t)payload.len);
     PyBuffer_Release(&payload);
     return written < 0 ? NULL : PyBool_FromLong(written);
 }

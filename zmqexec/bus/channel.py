@@ -36,8 +36,6 @@ class DriverChannel:
         self._segment = segment
         self._outbox = Outbox(segment)
         self._inbox = Inbox(segment, msgspec.msgpack.Decoder[ToDriver](ToDriver).decode)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._buffer = bytearray()
         self.fd = segment.fd
         self.num_workers = segment.num_workers
         self.epoch = segment.epoch
@@ -84,8 +82,7 @@ class DriverChannel:
         worker that cannot deliver one takes no message. BusTimeout names the ranks that hold us back. BusClosed:
         closed.
         """
-        self._encoder.encode_into(message, self._buffer)
-        self._outbox.send(self._buffer, timeout_s, check)
+        self._outbox.send_message(message, timeout_s, check)
 
     def try_receive(self) -> tuple[int, ToDriver] | None:
         """(rank, message) of the next reply, ranks in turn; None while there is none. ProtocolError: no message."""
@@ -144,8 +141,6 @@ class WorkerChannel:
         self._segment = segment
         self._inbox = Inbox(segment, msgspec.msgpack.Decoder[ToWorker](ToWorker).decode)
         self._outbox = Outbox(segment)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._buffer = bytearray()
         self.rank = segment.rank
         self.num_workers = segment.num_workers
         self.epoch = segment.epoch
@@ -170,8 +165,7 @@ class WorkerChannel:
 
     def reply(self, message: ToDriver, timeout_s: float) -> None:
         """Send `message` to the driver, waiting at most `timeout_s` for room. BusTimeout, BusClosed as `publish`."""
-        self._encoder.encode_into(message, self._buffer)
-        self._outbox.send(self._buffer, timeout_s)
+        self._outbox.send_message(message, timeout_s)
 
     def set_status(self, phase: Phase, step_id: int) -> None:
         """Say on the status page what this rank is doing from now on. Costs a fraction of a microsecond."""
