@@ -117,14 +117,15 @@ class Segment:
         is raised here; BusClosed and ProtocolError as `write`.
         """
 
-    def read(self, decoders: Decoders, timeout_s: float, /) -> Any:
+    def read(self, decoders: Decoders, timeout_s: float, rehearse: Callable[[], object] | None = None, /) -> Any:
         """`decoders[kind](payload)` of the next record, waiting at most `timeout_s` for one, without the GIL.
 
         The driver gets (rank, that), ranks in turn. The payload is an object with the buffer protocol that shows the
         ring itself; BufferError, for good, if a decoder keeps a view of it. None at the deadline, or for a `wake`. An
         exception of the decoder is raised here, and its record is gone. BusClosed: the driver closed and everything it
         published was read. ProtocolError: the record is damaged or of an unknown kind; where damaged it stays, and so
-        does the error.
+        does the error. `rehearse` is called when a record is about to come, to warm the caches, if the wait policy has
+        time for that; what it raises is raised here, and no record is gone.
         """
 
     def wake(self) -> None:

@@ -4,6 +4,8 @@
  * It counts as exported, so that whoever would make it larger or smaller gets a BufferError instead. */
 #include "segment_type.h"
 
+#define HERALDED_BYTES (256u << 10) /* the spin of whom we woke outlasts the writing of that much */
+
 enum { FAILED = -1, NO_ROOM = -2 }; /* instead of a length; FAILED with an exception set */
 
 #if PY_VERSION_HEX < 0x030f0000
@@ -121,8 +123,11 @@ PyObject *bus_segment_encode(Segment *self, PyObject *const *args, Py_ssize_t na
     }
     if (!bus_kind_of(args[2], &kind) || !bus_may_write(self))
         return NULL;
+    if (self->heralds && self->encoded_bytes <= HERALDED_BYTES)
+        bus_herald(&self->bus.bells->bells[BUS_WORKER_BELL]);
     bus_enter(self);
     const Py_ssize_t length = encode_and_publish(self, args[0], args[1], kind);
     bus_leave(self);
+    self->encoded_bytes = length < 0 ? UINT64_MAX : (uint64_t)length;
     return length == FAILED ? NULL : PyBool_FromLong(length != NO_ROOM);
 }

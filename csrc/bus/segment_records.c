@@ -68,23 +68,29 @@ static bool deadline_of(double timeout_s, uint64_t *deadline_ns)
     return true;
 }
 
-/* Wait for `is_ready(of)` without the GIL. False, with an exception set, where the caller must give up; true otherwise,
- * also at the deadline. */
+/* Wait for `is_ready(of)` without the GIL, and call `rehearse`, if there is one, when that is about to hold. False, with
+ * an exception set, where the caller must give up; true otherwise, also at the deadline. */
 static bool wait_for(Segment *self, enum bus_bell_index bell, bool (*is_ready)(const void *), const void *of,
-                     struct bus_pace *pace, uint64_t deadline_ns, struct bus_waits *waits, bool *is_mine)
+                     PyObject *rehearse, struct bus_pace *pace, uint64_t deadline_ns, struct bus_waits *waits,
+                     bool *is_mine)
 {
     enum bus_result result;
     bool interrupted;
+    pace->prepares = rehearse != NULL && !pace->crowded; /* there the core has better things to do */
     bus_enter(self);
     do {
         *is_mine = true;
         Py_BEGIN_ALLOW_THREADS
         result = bus_wait(&self->bus.bells->bells[bell], is_ready, of, pace, deadline_ns, waits);
         Py_END_ALLOW_THREADS
+        if (result == BUS_EARLY && rehearse != NULL && !self->closed && !is_ready(of))
+            Py_XDECREF(PyObject_CallNoArgs(rehearse));
         *is_mine = false; /* a signal handler may use the bus */
         /* Before a record is taken: one that a handler's exception met on its way to the caller would be lost. */
-        interrupted = PyErr_CheckSignals() < 0;
-    } while (result == BUS_SIGNAL && !interrupted && !self->closed);
+        if (PyErr_Occurred() == NULL)
+            PyErr_CheckSignals();
+        interrupted = PyErr_Occurred() != NULL;
+    } while ((result == BUS_SIGNAL || result == BUS_EARLY) && !interrupted && !self->closed);
     pace->begin_ns = 0;
     bus_leave(self);
     if (interrupted || !bus_usable(self))
@@ -135,7 +141,7 @@ static int write_payload(Segment *self, const Py_buffer *payload, uint32_t kind,
         }
         if (bus_now_ns() >= deadline_ns)
             return 0;
-        if (!wait_for(self, bus_is_driver(self) ? BUS_SPACE_BELL : BUS_REPLY_SPACE_BELL, has_room, &room,
+        if (!wait_for(self, bus_is_driver(self) ? BUS_SPACE_BELL : BUS_REPLY_SPACE_BELL, has_room, &room, NULL,
                       &self->write_pace, deadline_ns, NULL, &self->is_writing) ||
             !is_open(self))
             return -1;
@@ -306,7 +312,7 @@ static PyObject *with_rank(uint32_t rank, PyObject *decoded)
 }
 
 /* What `read` returns, or NULL with an exception set. */
-static PyObject *read_next(Segment *self, PyObject *decoders, double timeout_s)
+static PyObject *read_next(Segment *self, PyObject *decoders, double timeout_s, PyObject *rehearse)
 {
     uint64_t deadline_ns = 0;
     for (;;) {
@@ -333,16 +339,16 @@ static PyObject *read_next(Segment *self, PyObject *decoders, double timeout_s)
             Py_RETURN_NONE;
         struct bus_waits *waits = bus_is_driver(self) ? &self->bus.driver->waits
                                                   : &bus_status_of(&self->bus, (uint32_t)self->bus.rank)->waits;
-        if (!wait_for(self, bus_is_driver(self) ? BUS_DRIVER_BELL : BUS_WORKER_BELL, has_record, self, &self->read_pace,
-                      deadline_ns, waits, &self->is_reading))
+        if (!wait_for(self, bus_is_driver(self) ? BUS_DRIVER_BELL : BUS_WORKER_BELL, has_record, self, rehearse,
+                      &self->read_pace, deadline_ns, waits, &self->is_reading))
             return NULL;
     }
 }
 
 PyObject *bus_segment_read(Segment *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (nargs != 2 || !PyTuple_Check(args[0])) {
-        PyErr_SetString(PyExc_TypeError, "read(decoders, timeout_s) takes a tuple and a number");
+    if (nargs < 2 || nargs > 3 || !PyTuple_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "read(decoders, timeout_s, rehearse) takes a tuple, a number and a function");
         return NULL;
     }
     const double timeout_s = PyFloat_AsDouble(args[1]);
@@ -356,7 +362,7 @@ PyObject *bus_segment_read(Segment *self, PyObject *const *args, Py_ssize_t narg
         PyErr_SetString(BusError, "two threads read from the bus at the same time: one thread reads");
         return NULL;
     }
-    return read_next(self, args[0], timeout_s);
+    return read_next(self, args[0], timeout_s, nargs == 3 && args[2] != Py_None ? args[2] : NULL);
 }
 
 PyObject *bus_segment_wake(Segment *self, PyObject *unused)

@@ -92,6 +92,10 @@ static void set_paces(Segment *self, unsigned int cores)
         .mean_ns = -1,
     };
     self->read_pace = self->write_pace = fresh;
+    /* Where nobody spins, or a spinner is in the way of who writes, it does not pay. */
+    const bool heralds = fresh.policy != BUS_ECO && !fresh.crowded;
+    self->heralds = bus_is_driver(self) && heralds;
+    self->read_pace.heralded = !bus_is_driver(self) && heralds;
 }
 
 static PyObject *segment_create(PyObject *type, PyObject *args, PyObject *kwargs)

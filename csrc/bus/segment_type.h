@@ -34,6 +34,8 @@ typedef struct {
     _Atomic bool closed;    /* here; read by waits without the GIL */
     _Atomic bool attention; /* `wake` was called, and no `read` has returned for it */
     unsigned fork_count;    /* that of the process that opened it */
+    bool heralds;           /* who is parked is woken before a message is encoded */
+    uint64_t encoded_bytes; /* of the last message that was */
     uint32_t next_reader;   /* where the driver's next look at the replies begins */
     uint64_t cause_ns;      /* when the record was published that was read last */
     struct bus_pace read_pace;

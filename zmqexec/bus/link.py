@@ -87,11 +87,17 @@ class Inbox:
     One receiving thread; `close` and `interrupt` from any. The segment is closed by its owner, before this.
     """
 
-    def __init__(self, segment: _bus.Segment, decode: Callable[[bytes | memoryview], Any]) -> None:
+    def __init__(
+        self,
+        segment: _bus.Segment,
+        decode: Callable[[bytes | memoryview], Any],
+        rehearse: Callable[[], object] | None = None,
+    ) -> None:
         """`decode` turns a payload into a message; what it raises for bytes that are none is in `NO_MESSAGE`."""
         self._segment = segment
         self._is_driver = segment.rank < 0
         self._decode = decode
+        self._rehearse = rehearse
         self._announced = Announced()
         self._decoders: _bus.Decoders = (decode, self._announced)
         self._receivers: dict[int, ZmqReceiver] = {}
@@ -109,7 +115,7 @@ class Inbox:
         if self._pending is not None:
             return self._fetch(self._pending, timeout_s)
         try:
-            received = self._segment.read(self._decoders, timeout_s)
+            received = self._segment.read(self._decoders, timeout_s, self._rehearse)
         except NO_MESSAGE as error:
             raise self._no_message(self._segment.last_reader, error) from error
         record = self._announced.record
