@@ -80,12 +80,14 @@ static bool wait_for(Segment *self, enum bus_bell_index bell, bool (*is_ready)(c
     bus_enter(self);
     do {
         *is_mine = true;
-        Py_BEGIN_ALLOW_THREADS
+        /* If it came while we waited for the GIL, this returns at once, and getting the GIL again might take long. */
+        PyThreadState *state = is_ready(of) ? NULL : PyEval_SaveThread();
         result = bus_wait(&self->bus.bells->bells[bell], is_ready, of, pace, deadline_ns, waits);
-        Py_END_ALLOW_THREADS
+        if (state != NULL)
+            PyEval_RestoreThread(state);
+        *is_mine = false; /* a signal handler may use the bus */
         if (result == BUS_EARLY && rehearse != NULL && !self->closed && !is_ready(of))
             Py_XDECREF(PyObject_CallNoArgs(rehearse));
-        *is_mine = false; /* a signal handler may use the bus */
         /* Before a record is taken: one that a handler's exception met on its way to the caller would be lost. */
         if (PyErr_Occurred() == NULL)
             PyErr_CheckSignals();

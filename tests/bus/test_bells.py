@@ -122,8 +122,7 @@ def test_what_a_rehearsal_raises_is_raised_and_no_record_is_lost(make_pair):
     driver, worker = make_pair("balanced", cores=64)
 
     def rehearse():
-        with pytest.raises(BusError, match="two threads read"):
-            worker.read(AS_BYTES, 0.0)
+        assert worker.read(AS_BYTES, 0.0) is None  # as a signal handler might
         driver.write(b"just now", 0, 0.0)
         raise ZeroDivisionError
 
