@@ -33,6 +33,13 @@ static void relax(void)
 #endif
 }
 
+static void wake_all(struct bus_bell *bell)
+{
+    /* SYNC: bell */
+    atomic_fetch_add_explicit(&bell->value, 1, memory_order_release);
+    syscall(SYS_futex, &bell->value, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
 /* Tell whoever waits that something changed. Call it after the change. */
 void bus_ring_bell(struct bus_bell *bell)
 {
@@ -40,18 +47,16 @@ void bus_ring_bell(struct bus_bell *bell)
      * fence on both sides each may miss the other's store, and the wake-up is lost. */
     /* SYNC: park */
     atomic_thread_fence(memory_order_seq_cst);
-    bus_herald(bell);
+    if (atomic_load_explicit(&bell->waiters, memory_order_relaxed) != 0)
+        wake_all(bell);
 }
 
-/* Wake whoever sleeps. By itself it says that a change is about to come: to be woken takes longer than most changes, so
- * the two may as well happen at the same time. It needs no fence, for the ring that follows the change has one. */
+/* Wake whoever sleeps because a change is about to come: to be woken takes longer than most changes, so the two may as
+ * well happen at the same time. It may be missed, and so needs no fence: the ring that follows the change has one. */
 void bus_herald(struct bus_bell *bell)
 {
-    if (atomic_load_explicit(&bell->waiters, memory_order_relaxed) == 0)
-        return;
-    /* SYNC: bell */
-    atomic_fetch_add_explicit(&bell->value, 1, memory_order_release);
-    syscall(SYS_futex, &bell->value, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    if (atomic_load_explicit(&bell->waiters, memory_order_relaxed) != 0)
+        wake_all(bell);
 }
 
 /* Sleep until the condition holds: BUS_OK; BUS_EARLY where the bell rang before that, if it does; BUS_AGAIN at

@@ -83,7 +83,9 @@ def test_a_record_published_before_it_is_written_is_found(tmp_path: Path) -> Non
     changed.write_text(changed.read_text().replace(copy, early + copy))
     program = compile_c(tmp_path / "tsan", STRESS + PORTABLE, *THREAD, changed=changed)
     done = stress(program, "threads", 2, MESSAGES, SEED)
-    assert done.returncode == 66 and "ThreadSanitizer: data race" in done.stderr
+    # Whoever reads the header before it is there finds that out by itself; a moment later it is a race.
+    found = {66: "ThreadSanitizer: data race", 1: "is numbered"}
+    assert done.returncode in found and found[done.returncode] in done.stderr
 
 
 @pytest.mark.parametrize("mode", ["threads", "processes"])
