@@ -22,7 +22,7 @@ P99_OVER_P50 = 5
 ON_MANY_CORES_US = {1: 5, 2: 7, 4: 10, 8: 16}
 IDLE_PERCENT = {"idle_first_second_percent": 0.5, "idle_after_percent": 0.1}
 PACED_OVER_BARE, PACED_CPU_PERCENT = 1.5, 5
-FIRST_OVER_BARE, FIRST_OVER_PYTHON = 2, 1
+FIRST_OVER_BARE, FIRST_OVER_PYTHON = 2, 1.25
 LARGE_OVER_REFERENCE = 1.5
 ENCODING_US = {
     "unchanged batch": (1, 1),

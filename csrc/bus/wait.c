@@ -178,13 +178,10 @@ static struct window plan(const struct bus_pace *pace, uint64_t now_ns)
     int64_t allowed_ns = mean_ns / spending[pace->policy].share;
     if (allowed_ns > spending[pace->policy].most_ns)
         allowed_ns = spending[pace->policy].most_ns;
-    const int64_t from_ns = mean_ns - spread_ns - LEAD_NS;
-    if (spread_ns <= allowed_ns)
-        return (struct window){now_ns + (uint64_t)(from_ns > 0 ? from_ns : 0), now_ns + (uint64_t)(mean_ns + spread_ns)};
-    /* It would mostly spin in vain. */
-    if (!pace->prepares || spread_ns > mean_ns / 4)
+    if (spread_ns > allowed_ns) /* it would mostly spin in vain */
         return never;
-    return (struct window){now_ns + (uint64_t)from_ns, now_ns + (uint64_t)from_ns};
+    const int64_t from_ns = mean_ns - spread_ns - LEAD_NS;
+    return (struct window){now_ns + (uint64_t)(from_ns > 0 ? from_ns : 0), now_ns + (uint64_t)(mean_ns + spread_ns)};
 }
 
 /* Take in how long a wait took. A few that took far longer (an idle engine, say) do not count; if it goes on, the pace
@@ -225,13 +222,11 @@ enum bus_result bus_wait(struct bus_bell *bell, bool (*is_ready)(const void *), 
     pace->begin_ns = 0;
     if (window.until_ns > deadline_ns)
         window.until_ns = deadline_ns;
-    if (window.from_ns > deadline_ns)
-        window.from_ns = deadline_ns;
-    if (window.from_ns > entered_ns) {
+    if (window.until_ns > window.from_ns && window.from_ns > entered_ns) {
         result = park_precisely(bell, is_ready, of, pace->heralded, window.from_ns);
         now_ns = bus_now_ns();
         rung = result == BUS_EARLY;
-        if (result == BUS_AGAIN && pace->prepares && now_ns < deadline_ns)
+        if (result == BUS_AGAIN && pace->prepares)
             result = BUS_EARLY;
     }
     if (window.until_ns > window.from_ns && result == BUS_AGAIN) {
