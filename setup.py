@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PORTABLE = ("segment", "ring", "wait", "status", "checksum", "death_watch")
-FOR_PYTHON = ("module", "segment_type", "segment_records", "segment_status")
+FOR_PYTHON = ("module", "segment_type", "segment_records", "segment_encode", "segment_status")
 BUS_SOURCES = [f"csrc/bus/{name}.c" for name in (*PORTABLE, *FOR_PYTHON)]
 BUS_HEADERS = [f"csrc/bus/{name}.h" for name in ("layout", "ring", "segment_type")]
 CUDA = Path("csrc/cuda")

@@ -14,6 +14,7 @@ BUCKET_FIRST_OCTAVE: Final[int]  # histograms have four buckets to an octave, fr
 NUM_BUCKETS: Final[int]
 
 Decoders = tuple[Callable[[Any], Any], ...]  # of something with the buffer protocol
+EncodeInto = Callable[[Any, bytearray], None]
 Waits = tuple[int, int, int, int]  # spun, parked, spun_ns, parked_ns
 RankStatistics = tuple[
     int,  # attached_ns
@@ -107,14 +108,24 @@ class Segment:
         when the driver closed. ProtocolError: the shared memory is damaged.
         """
 
-    def read(self, decoders: Decoders, timeout_s: float, /) -> Any:
+    def encode(self, encode_into: EncodeInto, message: Any, kind: int, /) -> bool:
+        """Publish what `encode_into(message, buffer)` makes of `buffer`, a bytearray that lies in the ring.
+
+        False where there is no room for it now or in the whole ring: `write` its bytes then. `encode_into` is
+        msgspec's, which sets the buffer's size; a buffer that is to grow raises BufferError, and it may be called a
+        second time with a larger one. BufferError, for good, if it keeps a view of the buffer. Whatever else it raises
+        is raised here; BusClosed and ProtocolError as `write`.
+        """
+
+    def read(self, decoders: Decoders, timeout_s: float, rehearse: Callable[[], object] | None = None, /) -> Any:
         """`decoders[kind](payload)` of the next record, waiting at most `timeout_s` for one, without the GIL.
 
         The driver gets (rank, that), ranks in turn. The payload is an object with the buffer protocol that shows the
         ring itself; BufferError, for good, if a decoder keeps a view of it. None at the deadline, or for a `wake`. An
         exception of the decoder is raised here, and its record is gone. BusClosed: the driver closed and everything it
         published was read. ProtocolError: the record is damaged or of an unknown kind; where damaged it stays, and so
-        does the error.
+        does the error. `rehearse` is called when a record is about to come, to warm the caches, if the wait policy has
+        time for that; what it raises is raised here, and no record is gone.
         """
 
     def wake(self) -> None:

@@ -82,11 +82,16 @@ class BareC(Bare):
 
 
 class BareFromPython(Bare):
-    """The steps in C, called from Python, with bytes both ways: the least that any bus called from Python costs."""
+    """The steps in C, called from Python, with bytes both ways: the least that any bus called from Python costs.
+
+    options["wait"]: busy, or wake: the worker parks, the driver spins for the reply.
+    """
+
+    what = "bytes"
 
     def __init__(self, setup: Setup) -> None:
         busy = "SPIN" if setup.has_cores else "YIELD"
-        super().__init__(setup, "bytes", busy, busy)
+        super().__init__(setup, self.what, "PARK" if setup.options["wait"] == "wake" else busy, busy)
 
     def prepare(self, steps: list[StepInput]) -> list[Any]:
         return [encode(step) for step in steps]
@@ -101,15 +106,20 @@ class BareFromPython(Bare):
         return self._pingpong.collect(replied_by_all)
 
 
-class BareWithStructs(Bare):
+class BareWithStructs(BareFromPython):
     """The same with msgspec structs encoded and decoded at both ends."""
 
-    def __init__(self, setup: Setup) -> None:
-        busy = "SPIN" if setup.has_cores else "YIELD"
-        super().__init__(setup, "structs", busy, busy)
+    what = "structs"
+
+    def prepare(self, steps: list[StepInput]) -> list[Any]:
+        return steps
+
+    def verify(self, sent: StepInput, reply: StepOutput) -> None:
+        if reply.step_id != sent.step_id:
+            raise AssertionError(f"the reply to step {reply.step_id} came after step {sent.step_id}")
 
     def round_trip(self, step: StepInput, num_replies: int) -> StepOutput:
-        self._pingpong.publish(encode(step), True)
+        self._pingpong.publish(encode(step), True)  # who is to reply stands in the step
         return decode_reply.decode(self._pingpong.collect(num_replies == self.num_readers))
 
 

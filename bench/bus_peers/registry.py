@@ -55,8 +55,16 @@ PEERS = {
     "c-yield": Entry("C, spinning with yield", "bus_peers.bare:BareC", (), {"wait": "yield"}, silent=False),
     "c-futex": Entry("C, futex both ways", "bus_peers.bare:BareC", (), {"wait": "futex"}, near=True),
     "c-wake": Entry("C, futex wake", "bus_peers.bare:BareC", (), {"wait": "wake"}, near=True),
-    "c-python": Entry("C called from Python", "bus_peers.bare:BareFromPython", silent=False),
-    "c-python-structs": Entry("C called from Python + structs", "bus_peers.bare:BareWithStructs", silent=False),
+    "c-python": Entry("C called from Python", "bus_peers.bare:BareFromPython", (), {"wait": "busy"}, silent=False),
+    "c-python-structs": Entry(
+        "C called from Python + structs", "bus_peers.bare:BareWithStructs", (), {"wait": "busy"}, silent=False
+    ),
+    "c-python-wake": Entry(
+        "C from Python, futex wake", "bus_peers.bare:BareFromPython", (), {"wait": "wake"}, near=True
+    ),
+    "c-python-structs-wake": Entry(
+        "C from Python + structs, futex wake", "bus_peers.bare:BareWithStructs", (), {"wait": "wake"}, near=True
+    ),
 }
 
 

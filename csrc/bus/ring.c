@@ -65,59 +65,94 @@ static enum bus_result see_heads(struct bus_writer *writer, struct bus_why *why)
     return BUS_OK;
 }
 
-/* Begin again at the ring's start if all has been read and we are past the part that caches hold: memory written lately
- * is faster to write than the next part, which may not even have pages yet. Only if `slots` fit before the pad that
- * this takes, so that nothing has to wait for a reader to pass it. */
-static enum bus_result try_rewind(struct bus_writer *writer, uint64_t slots, struct bus_why *why)
+static struct bus_draft draft_at(const struct bus_ring *ring, uint64_t position, uint64_t pad_slots, uint64_t slots)
+{
+    return (struct bus_draft){
+        .position = position,
+        .pad_slots = pad_slots,
+        .payload = at(ring, position) + sizeof(struct bus_record),
+        .capacity = slots * ring->slot_bytes - sizeof(struct bus_record),
+    };
+}
+
+/* Room for a record where the last one ended, for `length` bytes or more; BUS_AGAIN while the slowest reader still owns
+ * the slots. `length` is at most max_payload. */
+enum bus_result bus_try_draft(struct bus_writer *writer, uint64_t length, struct bus_draft *draft, struct bus_why *why)
+{
+    const struct bus_ring *ring = &writer->ring;
+    const uint64_t slots = slots_of(ring, length);
+
+    if (writer->position + slots - writer->free_from > ring->num_slots) {
+        const enum bus_result result = see_heads(writer, why);
+        if (result != BUS_OK)
+            return result;
+    }
+    const uint64_t free_slots = ring->num_slots - (writer->position - writer->free_from);
+    if (free_slots < slots)
+        return BUS_AGAIN;
+    *draft = draft_at(ring, writer->position, 0, free_slots);
+    return BUS_OK;
+}
+
+/* Room at the ring's start, if all has been read and we are past the part that caches hold: memory written lately is
+ * faster to write than the next part, which may not even have pages yet. It ends before the pad that beginning again
+ * takes, so that nothing has to wait for a reader to pass it. BUS_AGAIN: it is not the time to begin again. */
+enum bus_result bus_try_draft_at_start(struct bus_writer *writer, struct bus_draft *draft, struct bus_why *why)
 {
     const struct bus_ring *ring = &writer->ring;
     const uint64_t offset = writer->position % ring->num_slots;
 
-    if (offset * ring->slot_bytes < HOT_BYTES || slots > offset)
-        return BUS_OK;
+    if (offset * ring->slot_bytes < HOT_BYTES)
+        return BUS_AGAIN;
     const enum bus_result result = see_heads(writer, why);
-    if (result != BUS_OK || writer->free_from != writer->position)
+    if (result != BUS_OK)
         return result;
+    if (writer->free_from != writer->position)
+        return BUS_AGAIN;
     const uint64_t rest = ring->num_slots - offset;
-    const struct bus_record pad = {
-        .position = writer->position,
-        .length = (uint32_t)(rest * ring->slot_bytes - sizeof pad),
-        .kind = BUS_PAD,
-    };
-    memcpy(at(ring, writer->position), &pad, sizeof pad);
-    writer->position += rest;
+    *draft = draft_at(ring, writer->position + rest, rest, offset);
     return BUS_OK;
+}
+
+/* Let the readers have the record whose payload now lies in the draft, `length` bytes, and the pad before it. */
+void bus_publish(struct bus_writer *writer, const struct bus_draft *draft, uint64_t length, uint32_t kind,
+                 uint64_t cause_ns)
+{
+    const struct bus_ring *ring = &writer->ring;
+    const struct bus_record record = {
+        .position = draft->position,
+        .time_ns = bus_now_ns(),
+        .cause_ns = cause_ns,
+        .length = (uint32_t)length,
+        .kind = kind,
+        .checksum = ring->has_checksums ? bus_checksum(draft->payload, length) : 0,
+    };
+    memcpy(at(ring, draft->position), &record, sizeof record);
+    if (draft->pad_slots != 0) {
+        const struct bus_record pad = {
+            .position = writer->position,
+            .length = (uint32_t)(draft->pad_slots * ring->slot_bytes - sizeof pad),
+            .kind = BUS_PAD,
+        };
+        memcpy(at(ring, writer->position), &pad, sizeof pad);
+    }
+    writer->position = draft->position + slots_of(ring, length);
+    /* SYNC: publish */
+    atomic_store_explicit(&ring->tail->slots, writer->position, memory_order_release);
 }
 
 /* Publish a copy; BUS_AGAIN while the slowest reader still owns the slots. `length` is at most max_payload. */
 enum bus_result bus_try_write(struct bus_writer *writer, const void *payload, uint64_t length, uint32_t kind,
                               uint64_t cause_ns, struct bus_why *why)
 {
-    const struct bus_ring *ring = &writer->ring;
-    const uint64_t slots = slots_of(ring, length);
-
-    enum bus_result result = try_rewind(writer, slots, why);
-    if (result == BUS_OK && writer->position + slots - writer->free_from > ring->num_slots)
-        result = see_heads(writer, why);
+    struct bus_draft draft;
+    enum bus_result result = bus_try_draft_at_start(writer, &draft, why);
+    if (result == BUS_AGAIN || (result == BUS_OK && length > draft.capacity))
+        result = bus_try_draft(writer, length, &draft, why);
     if (result != BUS_OK)
         return result;
-    if (writer->position + slots - writer->free_from > ring->num_slots)
-        return BUS_AGAIN;
-
-    const struct bus_record record = {
-        .position = writer->position,
-        .time_ns = bus_now_ns(),
-        .cause_ns = cause_ns,
-        .length = (uint32_t)length,
-        .kind = kind,
-        .checksum = ring->has_checksums ? bus_checksum(payload, length) : 0,
-    };
-    uint8_t *place = at(ring, writer->position);
-    memcpy(place, &record, sizeof record);
-    memcpy(place + sizeof record, payload, length); /* may run past the end: the ring is mapped twice */
-    writer->position += slots;
-    /* SYNC: publish */
-    atomic_store_explicit(&ring->tail->slots, writer->position, memory_order_release);
+    memcpy(draft.payload, payload, length); /* may run past the end: the ring is mapped twice */
+    bus_publish(writer, &draft, length, kind, cause_ns);
     return BUS_OK;
 }
 

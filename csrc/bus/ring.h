@@ -17,6 +17,7 @@ enum bus_result {
     BUS_DAMAGED, /* the same, found by a checksum */
     BUS_FAILED,  /* the system refused */
     BUS_SIGNAL,  /* a signal arrived */
+    BUS_EARLY,   /* what is waited for is about to come: there is time to prepare for it */
 };
 
 struct bus_why {
@@ -41,6 +42,15 @@ struct bus_writer {
     uint64_t free_from;
 };
 
+/* A record in the making: `capacity` bytes of payload fit where it lies, in slots that are free. Nothing of it is to be
+ * seen, and it may be dropped, until it is published. */
+struct bus_draft {
+    uint64_t position;  /* of the record */
+    uint64_t pad_slots; /* between the writer's position and the record's: up to the ring's end */
+    uint8_t *payload;
+    uint64_t capacity;
+};
+
 /* One reader's private state. Unread slots are [position, tail). */
 struct bus_reader {
     struct bus_ring ring;
@@ -54,11 +64,14 @@ enum bus_wait_policy { BUS_LATENCY, BUS_BALANCED, BUS_ECO, BUS_NUM_POLICIES };
 /* What one waiter has learned of how long its waits take: their mean and mean deviation. */
 struct bus_pace {
     enum bus_wait_policy policy;
-    bool crowded; /* more processes on the bus than cores: yield at every turn */
+    bool crowded;  /* more processes on the bus than cores: yield at every turn */
+    bool heralded; /* its bell is also rung before the change, which is then worth a spin */
+    bool prepares; /* there is something to prepare: tell by BUS_EARLY when */
     uint32_t num_outliers;
     int64_t mean_ns; /* negative: nothing learned yet */
     int64_t deviation_ns;
-    uint64_t begin_ns; /* of the wait that is under way and has spun in vain; 0: there is none */
+    uint64_t begin_ns;      /* of the wait that is under way, between two calls; 0: there is none */
+    uint64_t spin_until_ns; /* of that wait: before it parks (again) */
 };
 
 #define BUS_DRIVER (-1)
@@ -93,6 +106,10 @@ uint64_t bus_ring_max_payload(const struct bus_ring *ring);
 bool bus_has_room(const struct bus_writer *writer, uint64_t length);
 enum bus_result bus_try_write(struct bus_writer *writer, const void *payload, uint64_t length, uint32_t kind,
                               uint64_t cause_ns, struct bus_why *why);
+enum bus_result bus_try_draft(struct bus_writer *writer, uint64_t length, struct bus_draft *draft, struct bus_why *why);
+enum bus_result bus_try_draft_at_start(struct bus_writer *writer, struct bus_draft *draft, struct bus_why *why);
+void bus_publish(struct bus_writer *writer, const struct bus_draft *draft, uint64_t length, uint32_t kind,
+                 uint64_t cause_ns);
 enum bus_result bus_try_peek(struct bus_reader *reader, struct bus_record *record, const uint8_t **payload,
                              struct bus_why *why);
 bool bus_has_record(const struct bus_reader *reader);
@@ -101,6 +118,7 @@ void bus_release(struct bus_reader *reader, const struct bus_record *record);
 /* wait.c */
 uint64_t bus_now_ns(void);
 void bus_ring_bell(struct bus_bell *bell);
+void bus_herald(struct bus_bell *bell);
 enum bus_result bus_wait(struct bus_bell *bell, bool (*is_ready)(const void *), const void *of, struct bus_pace *pace,
                          uint64_t deadline_ns, struct bus_waits *waits);
 

@@ -20,6 +20,15 @@ static PyObject *raise_closed_by_driver(void)
     return NULL;
 }
 
+/* False, with an exception set, in a worker whose driver has closed. */
+static bool is_open(const Segment *self)
+{
+    if (bus_is_driver(self) || !bus_closed_by_driver(self))
+        return true;
+    raise_closed_by_driver();
+    return false;
+}
+
 /* ── waiting ─────────────────────────────────────────────────────────────────────────────────────────────────────── */
 
 struct room {
@@ -59,23 +68,31 @@ static bool deadline_of(double timeout_s, uint64_t *deadline_ns)
     return true;
 }
 
-/* Wait for `is_ready(of)` without the GIL. False, with an exception set, where the caller must give up; true otherwise,
- * also at the deadline. */
+/* Wait for `is_ready(of)` without the GIL, and call `rehearse`, if there is one, when that is about to hold. False, with
+ * an exception set, where the caller must give up; true otherwise, also at the deadline. */
 static bool wait_for(Segment *self, enum bus_bell_index bell, bool (*is_ready)(const void *), const void *of,
-                     struct bus_pace *pace, uint64_t deadline_ns, struct bus_waits *waits, bool *is_mine)
+                     PyObject *rehearse, struct bus_pace *pace, uint64_t deadline_ns, struct bus_waits *waits,
+                     bool *is_mine)
 {
     enum bus_result result;
     bool interrupted;
+    pace->prepares = rehearse != NULL && !pace->crowded; /* there the core has better things to do */
     bus_enter(self);
     do {
         *is_mine = true;
-        Py_BEGIN_ALLOW_THREADS
+        /* If it came while we waited for the GIL, this returns at once, and getting the GIL again might take long. */
+        PyThreadState *state = is_ready(of) ? NULL : PyEval_SaveThread();
         result = bus_wait(&self->bus.bells->bells[bell], is_ready, of, pace, deadline_ns, waits);
-        Py_END_ALLOW_THREADS
+        if (state != NULL)
+            PyEval_RestoreThread(state);
         *is_mine = false; /* a signal handler may use the bus */
+        if (result == BUS_EARLY && rehearse != NULL && !self->closed && !is_ready(of))
+            Py_XDECREF(PyObject_CallNoArgs(rehearse));
         /* Before a record is taken: one that a handler's exception met on its way to the caller would be lost. */
-        interrupted = PyErr_CheckSignals() < 0;
-    } while (result == BUS_SIGNAL && !interrupted && !self->closed);
+        if (PyErr_Occurred() == NULL)
+            PyErr_CheckSignals();
+        interrupted = PyErr_Occurred() != NULL;
+    } while ((result == BUS_SIGNAL || result == BUS_EARLY) && !interrupted && !self->closed);
     pace->begin_ns = 0;
     bus_leave(self);
     if (interrupted || !bus_usable(self))
@@ -105,10 +122,6 @@ static int write_payload(Segment *self, const Py_buffer *payload, uint32_t kind,
         return -1;
     }
     for (;;) {
-        if (!bus_is_driver(self) && bus_closed_by_driver(self)) {
-            raise_closed_by_driver();
-            return -1;
-        }
         const enum bus_result result = bus_try_write(writer, payload->buf, room.length, kind, self->cause_ns, &why);
         if (blocked_since_ns != 0) {
             const uint64_t now_ns = bus_now_ns();
@@ -130,47 +143,71 @@ static int write_payload(Segment *self, const Py_buffer *payload, uint32_t kind,
         }
         if (bus_now_ns() >= deadline_ns)
             return 0;
-        if (!wait_for(self, bus_is_driver(self) ? BUS_SPACE_BELL : BUS_REPLY_SPACE_BELL, has_room, &room,
-                      &self->write_pace, deadline_ns, NULL, &self->is_writing))
+        if (!wait_for(self, bus_is_driver(self) ? BUS_SPACE_BELL : BUS_REPLY_SPACE_BELL, has_room, &room, NULL,
+                      &self->write_pace, deadline_ns, NULL, &self->is_writing) ||
+            !is_open(self))
             return -1;
     }
+}
+
+/* Ring for a record of `length` bytes that was published, and count it. */
+void bus_tell_readers(Segment *self, uint64_t length)
+{
+    if (bus_is_driver(self)) {
+        bus_ring_bell(&self->bus.bells->bells[BUS_WORKER_BELL]);
+        bus_count(&self->bus.driver->published, 1);
+        bus_count(&self->bus.driver->published_bytes, length);
+    } else {
+        bus_ring_bell(&self->bus.bells->bells[BUS_DRIVER_BELL]);
+        bus_count(&bus_status_of(&self->bus, (uint32_t)self->bus.rank)->replied, 1);
+    }
+}
+
+/* False, with an exception set, for what is no kind of a record. */
+bool bus_kind_of(PyObject *number, uint32_t *kind)
+{
+    const unsigned long value = PyLong_AsUnsignedLong(number);
+    if (PyErr_Occurred())
+        return false;
+    if (value >= BUS_PAD) {
+        PyErr_Format(PyExc_OverflowError, "a record's kind is less than %u", BUS_PAD);
+        return false;
+    }
+    *kind = (uint32_t)value;
+    return true;
+}
+
+/* False, with an exception set, where this thread may not write now. */
+bool bus_may_write(const Segment *self)
+{
+    if (!self->is_writing)
+        return has_rings(self) && is_open(self);
+    PyErr_SetString(BusError, "two threads write to the bus at the same time: one thread writes");
+    return false;
 }
 
 PyObject *bus_segment_write(Segment *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Py_buffer payload;
+    uint32_t kind;
     if (nargs != 3) {
         PyErr_SetString(PyExc_TypeError, "write(payload, kind, timeout_s) takes 3 arguments");
         return NULL;
     }
-    const unsigned long kind = PyLong_AsUnsignedLong(args[1]);
+    if (!bus_kind_of(args[1], &kind))
+        return NULL;
     const double timeout_s = PyFloat_AsDouble(args[2]);
     if (PyErr_Occurred())
         return NULL;
-    if (kind >= BUS_PAD) {
-        PyErr_Format(PyExc_OverflowError, "a record's kind is less than %u", BUS_PAD);
-        return NULL;
-    }
     if (isnan(timeout_s)) {
         PyErr_SetString(PyExc_ValueError, NO_TIMEOUT);
         return NULL;
     }
     if (PyObject_GetBuffer(args[0], &payload, PyBUF_SIMPLE) < 0) /* first: it may run anything */
         return NULL;
-    if (self->is_writing)
-        PyErr_SetString(BusError, "two threads write to the bus at the same time: one thread writes");
-    if (self->is_writing || !has_rings(self)) {
-        PyBuffer_Release(&payload);
-        return NULL;
-    }
-    const int written = write_payload(self, &payload, (uint32_t)kind, timeout_s);
-    if (written > 0) {
-        struct bus_status *status = bus_is_driver(self) ? NULL : bus_status_of(&self->bus, (uint32_t)self->bus.rank);
-        bus_ring_bell(&self->bus.bells->bells[bus_is_driver(self) ? BUS_WORKER_BELL : BUS_DRIVER_BELL]);
-        bus_count(bus_is_driver(self) ? &self->bus.driver->published : &status->replied, 1);
-        if (bus_is_driver(self))
-            bus_count(&self->bus.driver->published_bytes, (uint64_t)payload.len);
-    }
+    const int written = bus_may_write(self) ? write_payload(self, &payload, kind, timeout_s) : -1;
+    if (written > 0)
+        bus_tell_readers(self, (uint64_t)payload.len);
     PyBuffer_Release(&payload);
     return written < 0 ? NULL : PyBool_FromLong(written);
 }
@@ -277,7 +314,7 @@ static PyObject *with_rank(uint32_t rank, PyObject *decoded)
 }
 
 /* What `read` returns, or NULL with an exception set. */
-static PyObject *read_next(Segment *self, PyObject *decoders, double timeout_s)
+static PyObject *read_next(Segment *self, PyObject *decoders, double timeout_s, PyObject *rehearse)
 {
     uint64_t deadline_ns = 0;
     for (;;) {
@@ -304,16 +341,16 @@ static PyObject *read_next(Segment *self, PyObject *decoders, double timeout_s)
             Py_RETURN_NONE;
         struct bus_waits *waits = bus_is_driver(self) ? &self->bus.driver->waits
                                                   : &bus_status_of(&self->bus, (uint32_t)self->bus.rank)->waits;
-        if (!wait_for(self, bus_is_driver(self) ? BUS_DRIVER_BELL : BUS_WORKER_BELL, has_record, self, &self->read_pace,
-                      deadline_ns, waits, &self->is_reading))
+        if (!wait_for(self, bus_is_driver(self) ? BUS_DRIVER_BELL : BUS_WORKER_BELL, has_record, self, rehearse,
+                      &self->read_pace, deadline_ns, waits, &self->is_reading))
             return NULL;
     }
 }
 
 PyObject *bus_segment_read(Segment *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (nargs != 2 || !PyTuple_Check(args[0])) {
-        PyErr_SetString(PyExc_TypeError, "read(decoders, timeout_s) takes a tuple and a number");
+    if (nargs < 2 || nargs > 3 || !PyTuple_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "read(decoders, timeout_s, rehearse) takes a tuple, a number and a function");
         return NULL;
     }
     const double timeout_s = PyFloat_AsDouble(args[1]);
@@ -327,7 +364,7 @@ PyObject *bus_segment_read(Segment *self, PyObject *const *args, Py_ssize_t narg
         PyErr_SetString(BusError, "two threads read from the bus at the same time: one thread reads");
         return NULL;
     }
-    return read_next(self, args[0], timeout_s);
+    return read_next(self, args[0], timeout_s, nargs == 3 && args[2] != Py_None ? args[2] : NULL);
 }
 
 PyObject *bus_segment_wake(Segment *self, PyObject *unused)

@@ -71,13 +71,16 @@ static Segment *new_segment(PyTypeObject *type)
         return NULL;
     self->fd = -1;
     self->fork_count = bus_fork_count;
+    self->window = bus_new_window();
     self->payload = PyObject_New(Payload, &bus_payload_type);
-    if (self->payload == NULL) {
+    if (self->payload != NULL) {
+        self->payload->data = NULL;
+        self->payload->num_views = 0;
+    }
+    if (self->payload == NULL || self->window == NULL) {
         Py_DECREF(self);
         return NULL;
     }
-    self->payload->data = NULL;
-    self->payload->num_views = 0;
     return self;
 }
 
@@ -89,6 +92,10 @@ static void set_paces(Segment *self, unsigned int cores)
         .mean_ns = -1,
     };
     self->read_pace = self->write_pace = fresh;
+    /* Where nobody spins, or a spinner is in the way of who writes, it does not pay. */
+    const bool heralds = fresh.policy != BUS_ECO && !fresh.crowded;
+    self->heralds = bus_is_driver(self) && heralds;
+    self->read_pace.heralded = !bus_is_driver(self) && heralds;
 }
 
 static PyObject *segment_create(PyObject *type, PyObject *args, PyObject *kwargs)
@@ -171,6 +178,7 @@ static void segment_dealloc(Segment *self)
 {
     close_segment(self);
     Py_XDECREF(self->payload);
+    bus_free_window(self->window);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -244,6 +252,7 @@ static PyMethodDef methods[] = {
     {"observe", METHOD(segment_observe), METH_CLASS | METH_VARARGS, NULL},
     {"close", METHOD(segment_close), METH_NOARGS, NULL},
     {"write", METHOD(bus_segment_write), METH_FASTCALL, NULL},
+    {"encode", METHOD(bus_segment_encode), METH_FASTCALL, NULL},
     {"read", METHOD(bus_segment_read), METH_FASTCALL, NULL},
     {"wake", METHOD(bus_segment_wake), METH_NOARGS, NULL},
     {"holding_back", METHOD(bus_segment_holding_back), METH_O, NULL},

@@ -26,6 +26,7 @@ typedef struct {
     PyObject_HEAD
     struct bus_segment bus;
     Payload *payload;
+    PyObject *window; /* what an encoder writes into: segment_encode.c */
     int fd;          /* the driver's memfd; -1 elsewhere */
     int num_inside;  /* calls that use the mapping while the GIL may be elsewhere: the last of them unmaps after close */
     bool is_reading; /* a thread is inside read, and so on */
@@ -33,6 +34,8 @@ typedef struct {
     _Atomic bool closed;    /* here; read by waits without the GIL */
     _Atomic bool attention; /* `wake` was called, and no `read` has returned for it */
     unsigned fork_count;    /* that of the process that opened it */
+    bool heralds;           /* who is parked is woken before a message is encoded */
+    uint64_t encoded_bytes; /* of the last message that was */
     uint32_t next_reader;   /* where the driver's next look at the replies begins */
     uint64_t cause_ns;      /* when the record was published that was read last */
     struct bus_pace read_pace;
@@ -55,7 +58,15 @@ static inline bool bus_is_driver(const Segment *self)
 
 bool bus_closed_by_driver(const Segment *self);
 
+/* segment_encode.c */
+PyObject *bus_new_window(void);
+void bus_free_window(PyObject *window);
+PyObject *bus_segment_encode(Segment *self, PyObject *const *args, Py_ssize_t nargs);
+
 /* segment_records.c */
+bool bus_may_write(const Segment *self);
+bool bus_kind_of(PyObject *number, uint32_t *kind);
+void bus_tell_readers(Segment *self, uint64_t length);
 PyObject *bus_segment_write(Segment *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *bus_segment_read(Segment *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *bus_segment_wake(Segment *self, PyObject *unused);

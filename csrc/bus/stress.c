@@ -77,6 +77,8 @@ static void begin(struct end *end, const struct round *round)
         .crowded = round->index % 2 == 1,
         .mean_ns = -1,
     };
+    end->read_pace.heralded = end->segment.rank >= 0;
+    end->read_pace.prepares = round->index % 4 < 2;
 }
 
 static void attach(struct end *end, int fd, int rank, const struct round *round)

@@ -42,7 +42,7 @@ static void wait_at(struct end *end, enum bus_bell_index bell, bool (*is_ready)(
     const uint64_t deadline_ns = bus_now_ns() + (is_brief ? dice(end, 300000) : PATIENCE_NS);
     const enum bus_result result =
         bus_wait(&end->segment.bells->bells[bell], is_ready, of, pace, deadline_ns, waits);
-    if (result == BUS_AGAIN ? !is_brief : result != BUS_OK && result != BUS_SIGNAL)
+    if (result == BUS_AGAIN ? !is_brief : result != BUS_OK && result != BUS_SIGNAL && result != BUS_EARLY)
         fail("rank %d waited in vain at bell %d: result %d", end->segment.rank, bell, result);
 }
 
@@ -80,6 +80,8 @@ static bool put(struct end *end, uint64_t stream, uint64_t number, uint64_t caus
     bool written = false, was_blocked = false;
 
     fill(payload, length, stream, number);
+    if (is_driver && dice(end, 4) == 0)
+        bus_herald(&end->segment.bells->bells[BUS_WORKER_BELL]);
     while (!is_closed(end)) {
         const uint64_t before = writer->position;
         const enum bus_result result =

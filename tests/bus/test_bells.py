@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 
+import msgspec
 import pytest
 
 from zmqexec import _bus
@@ -15,6 +16,7 @@ from zmqexec.config import WAIT_POLICIES
 from zmqexec.errors import BusClosed, BusError
 
 AS_BYTES = (bytes,)
+encode_into = msgspec.msgpack.Encoder().encode_into
 WORKER_BELL, SPACE_BELL = 0, 1
 
 
@@ -79,6 +81,60 @@ def test_no_wake_up_is_lost(make_pair, in_thread, policy, cores):
     for _ in range(rounds):
         assert driver.write(b"ping", 0, 5)
     assert join() == rounds
+
+
+@pytest.mark.parametrize("cores", [0, 64], ids=["crowded", "a core each"])
+@pytest.mark.parametrize("policy", WAIT_POLICIES)
+def test_no_wake_up_is_lost_between_those_who_herald_and_those_who_rehearse(make_pair, in_thread, policy, cores):
+    rounds = 5_000
+    driver, worker = make_pair(policy, cores)
+    join = in_thread(lambda: sum(worker.read(AS_BYTES, 5, lambda: None) is not None for _ in range(rounds)))
+    for _ in range(rounds):
+        if not driver.encode(encode_into, "ping", 0):
+            assert driver.write(b"ping", 0, 5)
+    assert join() == rounds
+
+
+def test_a_reader_rehearses_while_its_record_is_being_made(make_pair, in_thread):
+    driver, worker = make_pair("balanced", cores=64)
+    has_rehearsed = threading.Event()
+
+    def slowly(message, buffer):
+        assert has_rehearsed.wait(10)
+        encode_into(message, buffer)
+
+    join = in_thread(lambda: worker.read(AS_BYTES, 20, has_rehearsed.set))
+    assert driver.encode(slowly, "a", 0)
+    assert join() == b"\xa1a"
+
+
+@pytest.mark.parametrize(("policy", "cores"), [("eco", 64), ("balanced", 0)])
+def test_nobody_rehearses_where_it_would_be_in_the_way(make_pair, in_thread, policy, cores):
+    driver, worker = make_pair(policy, cores)
+    rehearsed = []
+    for _ in range(20):
+        join = in_thread(lambda: worker.read(AS_BYTES, 20, lambda: rehearsed.append(1)))
+        assert driver.encode(encode_into, "a", 0) and join() == b"\xa1a"
+    assert rehearsed == []
+
+
+def test_what_a_rehearsal_raises_is_raised_and_no_record_is_lost(make_pair):
+    driver, worker = make_pair("balanced", cores=64)
+
+    def rehearse():
+        assert worker.read(AS_BYTES, 0.0) is None  # as a signal handler might
+        driver.write(b"just now", 0, 0.0)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        worker.read(AS_BYTES, 20, rehearse)
+    assert worker.read(AS_BYTES, 0.0) == b"just now"
+
+
+def test_a_rehearsal_may_close_the_bus(make_pair):
+    worker = make_pair("balanced", cores=64)[1]
+    with pytest.raises(BusClosed):
+        worker.read(AS_BYTES, 20, worker.close)
 
 
 def test_a_signal_handler_runs_during_a_wait_and_may_end_it(pair):

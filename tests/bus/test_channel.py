@@ -5,12 +5,13 @@ import os
 import threading
 import time
 
+import msgspec
 import pytest
 
 from zmqexec import _bus
-from zmqexec.bus.channel import DriverChannel, WorkerChannel
+from zmqexec.bus.channel import FROM_DRIVER, FROM_WORKER, DriverChannel, WorkerChannel, rehearsal
 from zmqexec.errors import BusClosed, BusTimeout, ProtocolError
-from zmqexec.protocol import CacheReady, ErrorInfo, Failure, InitCache, StepInput, StepOutput
+from zmqexec.protocol import CacheReady, ErrorInfo, Failure, InitCache, StepInput, StepOutput, ToDriver, ToWorker
 
 
 def test_every_worker_gets_every_message(make_bus):
@@ -32,6 +33,11 @@ def test_replies_come_with_their_rank_and_ranks_take_turns(make_bus):
     assert [rank for rank, _ in replies] == [0, 1, 2, 0, 1, 2]
     assert [reply.step_id for _, reply in replies] == [0, 0, 0, 1, 1, 1]
     assert driver.try_receive() is None
+
+
+def test_what_each_end_rehearses_are_messages_that_it_gets_and_sends():
+    for received, sent, kinds in ((FROM_DRIVER, FROM_WORKER, ToWorker), (FROM_WORKER, FROM_DRIVER, ToDriver)):
+        rehearsal(msgspec.msgpack.Decoder(kinds).decode, received, sent)()
 
 
 def test_an_error_crosses_whole(make_bus):

@@ -77,13 +77,15 @@ def test_each_order_of_the_ring_is_missed_when_it_is_relaxed(tmp_path: Path, lab
 
 def test_a_record_published_before_it_is_written_is_found(tmp_path: Path) -> None:
     publish = "    atomic_store_explicit(&ring->tail->slots, writer->position, memory_order_release);\n"
-    early = publish.replace("writer->position", "writer->position + slots")
-    copy = "    memcpy(place, &record, sizeof record);\n"
+    early = publish.replace("writer->position", "draft->position + slots_of(ring, length)")
+    copy = "    memcpy(at(ring, draft->position), &record, sizeof record);\n"
     changed = change(tmp_path, "ring.c", publish, "")
     changed.write_text(changed.read_text().replace(copy, early + copy))
     program = compile_c(tmp_path / "tsan", STRESS + PORTABLE, *THREAD, changed=changed)
     done = stress(program, "threads", 2, MESSAGES, SEED)
-    assert done.returncode == 66 and "ThreadSanitizer: data race" in done.stderr
+    # Whoever reads the header before it is there finds that out by itself; a moment later it is a race.
+    found = {66: "ThreadSanitizer: data race", 1: "is numbered"}
+    assert done.returncode in found and found[done.returncode] in done.stderr
 
 
 @pytest.mark.parametrize("mode", ["threads", "processes"])
@@ -112,9 +114,8 @@ def tree(folder: Path) -> Path:
 
 def build_extension(tree: Path, changed: Path | None = None) -> None:
     """Under the address sanitizer, with the compiler that the tests above use."""
-    sources = PORTABLE + tuple(
-        BUS / f"{name}.c" for name in ("death_watch", "module", "segment_type", "segment_records", "segment_status")
-    )
+    names = ("death_watch", "module", "segment_type", "segment_records", "segment_encode", "segment_status")
+    sources = PORTABLE + tuple(BUS / f"{name}.c" for name in names)
     folders = {sysconfig.get_path(name) for name in ("include", "platinclude")}
     include = [flag for folder in folders for flag in ("-isystem", folder)]
     output = tree / "zmqexec" / f"_bus{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -180,7 +181,7 @@ def instructions_of(source: Path, object_file: Path) -> dict[str, list[str]]:
 
 
 ORDERS = [
-    ("ring.c", "bus_try_write", "stlr "),
+    ("ring.c", "bus_publish", "stlr "),
     ("ring.c", "peek_header", "ldar "),
     ("ring.c", "bus_release", "stlr "),
     ("ring.c", "see_heads", "ldar "),

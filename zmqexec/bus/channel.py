@@ -20,9 +20,27 @@ from zmqexec.bus.ring import slots_for
 from zmqexec.bus.status import Phase, WorkerStatus
 from zmqexec.config import WAIT_POLICIES, WaitPolicy
 from zmqexec.errors import BusClosed
-from zmqexec.protocol import EngineStats, ToDriver, ToWorker
+from zmqexec.protocol import EngineStats, StepInput, StepOutput, ToDriver, ToWorker
 
 MAX_NAME_BYTES = 63
+
+
+FROM_DRIVER = StepInput(0, 0, decodes=b"\1")
+FROM_WORKER = StepOutput(0, 0, token_ids=bytes(4))
+
+
+def rehearsal(
+    decode: Callable[[bytes], object], received: ToWorker | ToDriver, sent: ToWorker | ToDriver
+) -> Callable[[], None]:
+    """A function that decodes `received` and encodes `sent`, for its effect on the caches."""
+    encode_into = msgspec.msgpack.Encoder().encode_into
+    sample, buffer = msgspec.msgpack.encode(received), bytearray()
+
+    def rehearse() -> None:
+        decode(sample)
+        encode_into(sent, buffer)
+
+    return rehearse
 
 
 class DriverChannel:
@@ -35,9 +53,8 @@ class DriverChannel:
         """Takes over `segment`; `create` is the usual way."""
         self._segment = segment
         self._outbox = Outbox(segment)
-        self._inbox = Inbox(segment, msgspec.msgpack.Decoder[ToDriver](ToDriver).decode)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._buffer = bytearray()
+        decode = msgspec.msgpack.Decoder[ToDriver](ToDriver).decode
+        self._inbox = Inbox(segment, decode, rehearsal(decode, FROM_WORKER, FROM_DRIVER))
         self.fd = segment.fd
         self.num_workers = segment.num_workers
         self.epoch = segment.epoch
@@ -84,8 +101,7 @@ class DriverChannel:
         worker that cannot deliver one takes no message. BusTimeout names the ranks that hold us back. BusClosed:
         closed.
         """
-        self._encoder.encode_into(message, self._buffer)
-        self._outbox.send(self._buffer, timeout_s, check)
+        self._outbox.send_message(message, timeout_s, check)
 
     def try_receive(self) -> tuple[int, ToDriver] | None:
         """(rank, message) of the next reply, ranks in turn; None while there is none. ProtocolError: no message."""
@@ -142,10 +158,9 @@ class WorkerChannel:
     def __init__(self, segment: _bus.Segment) -> None:
         """Takes over `segment`; `attach` is the usual way."""
         self._segment = segment
-        self._inbox = Inbox(segment, msgspec.msgpack.Decoder[ToWorker](ToWorker).decode)
+        decode = msgspec.msgpack.Decoder[ToWorker](ToWorker).decode
+        self._inbox = Inbox(segment, decode, rehearsal(decode, FROM_DRIVER, FROM_WORKER))
         self._outbox = Outbox(segment)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._buffer = bytearray()
         self.rank = segment.rank
         self.num_workers = segment.num_workers
         self.epoch = segment.epoch
@@ -170,8 +185,7 @@ class WorkerChannel:
 
     def reply(self, message: ToDriver, timeout_s: float) -> None:
         """Send `message` to the driver, waiting at most `timeout_s` for room. BusTimeout, BusClosed as `publish`."""
-        self._encoder.encode_into(message, self._buffer)
-        self._outbox.send(self._buffer, timeout_s)
+        self._outbox.send_message(message, timeout_s)
 
     def set_status(self, phase: Phase, step_id: int) -> None:
         """Say on the status page what this rank is doing from now on. Costs a fraction of a microsecond."""

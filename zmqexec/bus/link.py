@@ -30,7 +30,15 @@ class Outbox:
         self._zmq = ZmqSender(segment.num_workers if segment.rank < 0 else 1)
         self._segment = segment
         self._max_ring_bytes = segment.max_payload_bytes
+        self._encode_into = msgspec.msgpack.Encoder().encode_into
+        self._buffer = bytearray()
         self._broken = False
+
+    def send_message(self, message: Any, timeout_s: float, check: Callable[[], None] | None = None) -> None:
+        """Send `message` to every reader, encoded where it will lie if there is room. As `send`."""
+        if self._broken or not self._segment.encode(self._encode_into, message, IN_RING):
+            self._encode_into(message, self._buffer)
+            self.send(self._buffer, timeout_s, check)
 
     def send(self, payload: bytes | bytearray, timeout_s: float, check: Callable[[], None] | None = None) -> None:
         """Send a copy of `payload` to every reader.
@@ -79,11 +87,17 @@ class Inbox:
     One receiving thread; `close` and `interrupt` from any. The segment is closed by its owner, before this.
     """
 
-    def __init__(self, segment: _bus.Segment, decode: Callable[[bytes | memoryview], Any]) -> None:
+    def __init__(
+        self,
+        segment: _bus.Segment,
+        decode: Callable[[bytes | memoryview], Any],
+        rehearse: Callable[[], object] | None = None,
+    ) -> None:
         """`decode` turns a payload into a message; what it raises for bytes that are none is in `NO_MESSAGE`."""
         self._segment = segment
         self._is_driver = segment.rank < 0
         self._decode = decode
+        self._rehearse = rehearse
         self._announced = Announced()
         self._decoders: _bus.Decoders = (decode, self._announced)
         self._receivers: dict[int, ZmqReceiver] = {}
@@ -101,7 +115,7 @@ class Inbox:
         if self._pending is not None:
             return self._fetch(self._pending, timeout_s)
         try:
-            received = self._segment.read(self._decoders, timeout_s)
+            received = self._segment.read(self._decoders, timeout_s, self._rehearse)
         except NO_MESSAGE as error:
             raise self._no_message(self._segment.last_reader, error) from error
         record = self._announced.record

@@ -17,7 +17,8 @@
  * termination; the formula `ends` says it as LTL.
  *
  * Sizes:  READERS, RECORDS, SLOTS, SPAN (slots of the second record), SPURIOUS (wake-ups out of nothing, in all)
- * Events: READER_DIES (one, anywhere), WRITER_DIES (anywhere), SPIN (waiters may spin as long as they like)
+ * Events: READER_DIES (one, anywhere), WRITER_DIES (anywhere), SPIN (waiters may spin as long as they like), HERALD (the
+ *         writer may ring before a record, too)
  * Broken: NO_RINGER_FENCE, NO_WAITER_FENCE, PUBLISH_EARLY, FREE_EARLY, SEEN_LATE, CLOSED_LATE, SILENT_WATCHER,
  *         SILENT_CLOSE, RELAXED_PUBLISH (with PSO); each must be found, and tests/trust/test_model.py insists. */
 
@@ -263,6 +264,9 @@ proctype writer(byte me)
 {
     byte position, record, free_from, slowest, head, waiters, k;
     bit registered, lost;
+#ifdef HERALD
+    byte heralded; /* records, at most once each */
+#endif
 
     {
 look:
@@ -278,9 +282,25 @@ look:
                 publish();
 #endif
                 position = position + size_of(record);
-                record++
+                record++;
+#ifdef HERALD
+                heralded = record
+#endif
             }
             ring(WORKER_BELL)
+#ifdef HERALD
+        :: atomic {
+                record < RECORDS && heralded == record ->
+                heralded = record + 1;
+                load(waiters, WAITERS(WORKER_BELL));
+                if
+                :: waiters == 0 -> goto look
+                :: else -> waiters = 0
+                fi
+            }
+            increment(WORKER_BELL);
+            futex_wake(WORKER_BELL)
+#endif
         :: atomic { record == RECORDS -> break }
         :: atomic {
                 record < RECORDS && !has_room() ->
@@ -328,6 +348,9 @@ look:
     };
     d_step {
         position = 0; record = 0; free_from = 0; slowest = 0; head = 0; waiters = 0; k = 0; registered = 0; lost = 0;
+#ifdef HERALD
+        heralded = 0;
+#endif
         parked[me] = 0;
         rung[me] = 0;
         running--
