@@ -6,7 +6,6 @@ that the host sends in between is a `step` buffer; `write_step` says what is in 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from zmqexec.errors import InternalError
+from zmqexec.worker.kernels import native
 
 MOST_ROWS = 1024
 """Rows of one graph: `begin_decode` is a single block, one thread for each."""
@@ -131,7 +131,8 @@ def begin_decode(step: torch.Tensor, max_rows: int, state: SlotState, rows: Deco
     _check(
         step.dim() == 1 and len(rows) <= max_rows and step.numel() >= HEADER_INTS + max_rows, "begin_decode", step=step
     )
-    module, stream = _device(state.num_known)
+    device = state.num_known.device
+    module, stream = native.module_of(device), native.stream_of(device)
     module.begin_decode(
         step.data_ptr(),
         max_rows,
@@ -164,7 +165,8 @@ def finish_decode(
     Exact. Kernel: csrc/cuda/decode_state.cu. pdl: it may start while its predecessor in the graph ends.
     """
     _check(sampled.shape == out.shape == (len(rows),), "finish_decode", sampled=sampled, out=out)
-    module, stream = _device(state.num_known)
+    device = state.num_known.device
+    module, stream = native.module_of(device), native.stream_of(device)
     module.finish_decode(
         sampled.data_ptr(),
         rows.row_slots.data_ptr(),
@@ -177,13 +179,6 @@ def finish_decode(
         stream,
         pdl,
     )
-
-
-def _device(tensor: torch.Tensor) -> tuple[Any, int]:
-    """The extension and the current stream for a tensor's device; on the CPU the emulator, which tests have loaded."""
-    if tensor.device.type == "cuda":
-        return importlib.import_module("zmqexec._cuda"), torch.cuda.current_stream(tensor.device).cuda_stream
-    return importlib.import_module("_cuda_emulated"), 0
 
 
 def _check(ok: bool, name: str, **tensors: torch.Tensor) -> None:

@@ -5,12 +5,12 @@ Runs in: worker.
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
 import torch
 
 from zmqexec.errors import InternalError
+from zmqexec.worker.kernels import native
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MIN_SPLIT_TILES = 8
@@ -51,10 +51,9 @@ class AttentionWorkspace:
     ) -> None:
         if num_heads % num_kv_heads != 0 or head_dim not in HEAD_DIMS:
             raise InternalError(f"no paged attention for {num_heads} heads, {num_kv_heads} KV heads of {head_dim}")
-        self._module = importlib.import_module("zmqexec._cuda") if module is None else module
+        self._module = native.module_of(device) if module is None else module
         if num_blocks is None:
-            num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-            num_blocks = num_sms * self._module.attention_grid(head_dim, variant)[0]
+            num_blocks = native.num_sms(device) * self._module.attention_grid(head_dim, variant)[0]
         self.num_blocks = num_blocks
         self._device = device
         self._max_rows, self._max_query_len = max_rows, max_query_len
@@ -181,4 +180,4 @@ class AttentionWorkspace:
         )
 
     def _stream(self) -> int:
-        return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        return native.stream_of(self._device)

@@ -5,8 +5,6 @@ Runs in: worker. A slot's parameters are one record of 48 bytes: an admission is
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,6 +12,7 @@ import torch
 from zmqexec.config import GREEDY_BELOW
 from zmqexec.errors import InternalError
 from zmqexec.protocol import Sampling
+from zmqexec.worker.kernels import native
 
 PARAMS = np.dtype(
     [
@@ -88,11 +87,7 @@ def sample(
         tensors = {"token_ids": token_ids, "logits": logits, "params": params, "row_slots": row_slots}
         shapes = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in tensors.items() if t is not None)
         raise InternalError(f"sample: shapes or types do not fit its docstring: {shapes}")
-    if logits.device.type == "cuda":
-        module = importlib.import_module("zmqexec._cuda")
-        stream = torch.cuda.current_stream(logits.device).cuda_stream
-    else:
-        module, stream = importlib.import_module("_cuda_emulated"), 0  # the tests' emulator, which they have loaded
+    module, stream = native.module_of(logits.device), native.stream_of(logits.device)
     module.sample(
         token_ids.data_ptr(),
         logits.data_ptr(),

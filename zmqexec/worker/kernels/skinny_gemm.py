@@ -17,14 +17,12 @@ Every matrix is [out, in] and contiguous; x may be a strided view with contiguou
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 
 from zmqexec.errors import InternalError
+from zmqexec.worker.kernels import native
 
 MAX_TOKENS = 32
 
@@ -219,7 +217,7 @@ def _launch(
         norm_weight, eps = norm.weight.data_ptr(), norm.eps
     if num_tokens == 0:
         return
-    module, num_sms, stream = _device(x)
+    module, stream = native.module_of(x.device), native.stream_of(x.device)
     module.skinny_gemm(
         weight.data_ptr(),
         x.data_ptr(),
@@ -238,7 +236,7 @@ def _launch(
         0 if residual is None else residual.data_ptr(),
         0 if residual is None else residual.stride(0),
         *rope,
-        tuning.blocks or num_sms,
+        tuning.blocks or native.num_sms(x.device),
         tuning.variant,
         tuning.stages,
         tuning.x_mode,
@@ -247,29 +245,6 @@ def _launch(
         stream,
         tuning.pdl,
     )
-
-
-def _device(x: torch.Tensor) -> tuple[Any, int, int]:
-    """The extension, the number of SMs and the current stream of x's device."""
-    if x.device.type == "cuda":
-        module, num_sms = _compiled(x.device.index)
-        return module, num_sms, torch.cuda.current_stream(x.device).cuda_stream
-    module, num_sms = _emulated()
-    return module, num_sms, 0
-
-
-@cache
-def _compiled(device: int) -> tuple[Any, int]:
-    from zmqexec import _cuda  # missing where zmqexec was built without nvcc
-
-    return _cuda, _cuda.device_info(device)[0]
-
-
-@cache
-def _emulated() -> tuple[Any, int]:
-    """Tensors on the CPU: the tests' emulator, which they have loaded."""
-    module: Any = sys.modules["_cuda_emulated"]
-    return module, module.device_info(0)[0]
 
 
 def _check(ok: bool, kernel: str, **tensors: torch.Tensor) -> None:
