@@ -154,7 +154,7 @@ def check(device: torch.device) -> list[Row]:
         count = (1, 3, 17, 60)[seed % 4]
         query_lens = [1] * count if seed % 3 else torch.randint(1, 6, (count,), generator=generator).tolist()
         contexts = [0 if c == 0 else max(c, n) for c, n in zip(lens(count, 1500), query_lens, strict=True)]
-        contexts[0] = max(contexts[0], 1)
+        contexts[0] = max(contexts[0], query_lens[0])
         shape: Row = {"num_kv_heads": (2, 1, 8)[seed % 3], "group": group, "head_dim": head_dim, "dtype": dtype}
         shape |= {"block_size": (16, 32, 48)[seed % 3], "window": (0, 0, 100)[seed % 3]}
         shape |= {"softcap": (0.0, 0.0, 20.0)[seed % 3], "alibi": seed % 4 == 1, "seed": seed}

@@ -16,7 +16,7 @@ from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, begin_dec
 from zmqexec.worker.kernels.paged_attention import HEAD_DIMS, AttentionWorkspace
 from zmqexec.worker.kernels.reference import padded_decode_attention
 
-ATTENTION_VARIANT = 0
+ATTENTION_VARIANT = 2
 """Of heads of 128, see csrc/cuda/paged_attention.cu."""
 
 

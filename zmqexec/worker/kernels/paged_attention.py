@@ -13,7 +13,7 @@ from zmqexec.errors import InternalError
 from zmqexec.worker.kernels import native
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-MIN_SPLIT_TILES = 8
+MIN_SPLIT_TILES = 4
 """Tiles of 16 tokens: two per warp. What a smaller part of a split context would save, merging the parts would cost."""
 
 
