@@ -38,6 +38,11 @@ def test_auto_takes_the_cpu_without_a_gpu_or_a_torch_for_it(machine, num_gpus, c
     assert gpus.choose_device(EngineConfig()) == "cpu"
 
 
+def test_the_demo_model_runs_on_the_cpu_where_there_are_too_few_gpus_for_its_workers(machine):
+    machine(1)
+    assert gpus.choose_device(EngineConfig(tensor_parallel_size=2)) == "cpu"
+
+
 def test_the_cpu_can_be_asked_for(machine):
     machine(2)
     assert gpus.choose_device(EngineConfig(device="cpu", tensor_parallel_size=4)) == "cpu"
@@ -58,9 +63,10 @@ def test_only_visible_gpus_count(machine, monkeypatch, visible, expected):
     [
         (0, "13.0", {"device": "cuda"}, "no NVIDIA GPU is visible"),
         (1, None, {"device": "cuda"}, "the installed torch has no CUDA"),
-        (1, "13.0", {"tensor_parallel_size": 2}, "1 are visible"),
-        (2, "13.0", {"tensor_parallel_size": 2}, r"zmqexec\[cuda13\]"),
-        (2, "12.8", {"tensor_parallel_size": 2}, r"zmqexec\[cuda12\]"),
+        (1, "13.0", {"tensor_parallel_size": 2, "model": "m"}, "1 are visible"),
+        (1, "13.0", {"tensor_parallel_size": 2, "device": "cuda"}, "1 are visible"),
+        (2, "13.0", {"tensor_parallel_size": 2, "model": "m"}, r"zmqexec\[cuda13\]"),
+        (2, "12.8", {"tensor_parallel_size": 2, "device": "cuda"}, r"zmqexec\[cuda12\]"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_remedy(machine, num_gpus, cuda, config, words):

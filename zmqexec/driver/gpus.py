@@ -23,6 +23,9 @@ def choose_device(config: EngineConfig) -> Literal["cpu", "cuda"]:
     num_gpus, cuda = num_visible_gpus(), torch_cuda_version()
     if config.device == "auto" and (num_gpus == 0 or cuda is None):
         return "cpu"
+    has_cupy = find_spec("cupy") is not None
+    if config.device == "auto" and config.model is None and tp_size > 1 and (num_gpus < tp_size or not has_cupy):
+        return "cpu"  # the demo model is as good there, and runs with two workers unless told otherwise
     if num_gpus == 0:
         raise ConfigError("device='cuda': no NVIDIA GPU is visible (/dev/nvidia*, CUDA_VISIBLE_DEVICES)", "device")
     if cuda is None:
@@ -35,7 +38,7 @@ def choose_device(config: EngineConfig) -> Literal["cpu", "cuda"]:
             "device='cpu'",
             "tensor_parallel_size",
         )
-    if tp_size > 1 and find_spec("cupy") is None:
+    if tp_size > 1 and not has_cupy:
         extra = f"cuda{cuda.split('.')[0]}"
         raise ConfigError(
             f"tensor_parallel_size={tp_size} on GPUs needs cupy: pip install 'zmqexec[{extra}]' (this torch has CUDA "
