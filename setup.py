@@ -59,7 +59,13 @@ def cuda_flags() -> list[str]:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     if "ZMQEXEC_CUDA_ARCHS" not in os.environ:
         flags.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
-    flags += ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    flags += [
+        "-std=c++17",
+        "-O3",
+        "-Xfatbin=-compress-all",
+        "--threads=2",
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+    ]
     if os.environ.get("ZMQEXEC_WERROR") == "1":
         flags += ["--Werror=all-warnings", "-Xcompiler=-Werror"]
     return flags
@@ -113,7 +119,7 @@ class BuildExt(build_ext):
             built = list(pool.map(compiled, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        link = [nvcc, "-shared", "--cudart=static", "-Xlinker=--exclude-libs=ALL", *map(str, built)]
+        link = [nvcc, "-shared", "--cudart=static", "-Xlinker=--exclude-libs=ALL,--strip-all", *map(str, built)]
         self.run_compiler([*link, "-o", str(target)])
 
     def run_compiler(self, command: list[str]) -> None:

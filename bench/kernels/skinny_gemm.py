@@ -89,7 +89,7 @@ def check(device: torch.device) -> list[Row]:
             for with_norm in (False, True):
                 for tuning in [Tuning(stages=s, x_mode=x) for s in (1, 2, 3, 4) for x in (1, 2)] + [
                     Tuning(pdl=False),
-                    Tuning(l2_chunks=4, evict_first=True),
+                    Tuning(l2_chunks=4),
                     *(Tuning(variant=v) for v in (1, 2, 3)),
                 ]:
                     case = {"check": "tuning", "m": m, "dtype": str(dtype), "norm": with_norm, "tuning": str(tuning)}
@@ -177,7 +177,7 @@ def check(device: torch.device) -> list[Row]:
             def chained(tp: int = tp, m: int = m) -> Row:
                 """A read before the predecessor's write would show as another result."""
                 results = []
-                for tuning in (Tuning(pdl=False), Tuning(), Tuning(l2_chunks=4, evict_first=True)):
+                for tuning in (Tuning(pdl=False), Tuning(), Tuning(l2_chunks=4)):
                     chain = Chain(device, tp, m, num_layers=8, seed=5)
                     graph = captured(lambda chain=chain, tuning=tuning: chain.run(tuning))
                     for _ in range(5):
@@ -306,8 +306,7 @@ CHAIN_TUNINGS = {
     "x streamed, 2 stages": Tuning(x_mode=2, stages=2),
     "L2 + 2": Tuning(l2_chunks=2),
     "L2 + 5": Tuning(l2_chunks=5),
-    "evict first": Tuning(evict_first=True),
-    "evict first, L2 + 3": Tuning(evict_first=True, l2_chunks=3),
+    "L2 + 3": Tuning(l2_chunks=3),
     "384 threads, 2 stages": Tuning(variant=1, stages=2),
     "16 rows x 128": Tuning(variant=2),
     "32 rows x 128": Tuning(variant=3, stages=1),

@@ -105,23 +105,6 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                  : "memory");
 }
 
-// How the lines of a copy are kept in L2: what is read once should leave before what is read again.
-__device__ __forceinline__ uint64_t l2_policy(bool evict_first)
-{
-    uint64_t policy;
-    if (evict_first) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    else asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid, uint64_t l2_policy)
-{
-    const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
-                     shared_address(shared)),
-                 "l"(global), "r"(bytes), "l"(l2_policy)
-                 : "memory");
-}
-
 // Closes a group of copies: those since the previous commit, maybe none.
 __device__ __forceinline__ void cp_async_commit()
 {

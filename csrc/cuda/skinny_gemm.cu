@@ -41,7 +41,6 @@ struct SkinnyGemm {
     // (i % group_tiles) · 4: so that a thread of the epilogue holds gate and up, or both halves of a rotated pair.
     int tiles, group_tiles, group_rows, second_rows;
     int stages;
-    bool evict_first; // W leaves L2 before other data
     int l2_chunks;    // chunks per warp that are prefetched into L2 beside the ring
     int x_slots;      // chunks of x per warp in shared memory: all of them, or as many as stages
     bool x_streamed;  // x comes along with W in every pass instead of staying
@@ -620,7 +619,7 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
                         float eps, int epilogue, const void* residual, int64_t residual_stride, void* cache,
                         const int32_t* slot_mapping, const int32_t* positions, const float* cos, const float* sin,
                         int heads, int kv_heads, int head_dim, int block_size, int blocks, int variant, int stages,
-                        int x_mode, int l2_chunks, bool evict_first, Stream stream, bool pdl)
+                        int x_mode, int l2_chunks, Stream stream, bool pdl)
 {
     check_argument(dtype != Dtype::float32, "dtype is bfloat16 or float16");
     check_argument(m >= 0 && m <= MAX_TOKENS, "m is 0 to 32");
@@ -659,7 +658,6 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
     p.head_dim = head_dim;
     p.block_size = block_size;
     p.l2_chunks = l2_chunks;
-    p.evict_first = evict_first;
     p.tiles = divide_up(n, 8);
     p.group_tiles = 1;
     p.group_rows = 8;
@@ -730,13 +728,12 @@ BINDING(skinny_gemm_plan,
 BINDING(skinny_gemm,
         "skinny_gemm(weight, x, out, m, n, k, x_stride, out_stride, dtype, out_float, bias, norm_weight, eps, "
         "epilogue, residual, residual_stride, cache, slot_mapping, positions, cos, sin, heads, kv_heads, head_dim, "
-        "block_size, blocks, variant, stages, x_mode, l2_chunks, evict_first, stream, pdl)\n\n"
+        "block_size, blocks, variant, stages, x_mode, l2_chunks, stream, pdl)\n\n"
         "out = epilogue(norm(x) · weightᵀ + bias) for m <= 32 tokens; weight [n, k], x [m, k], strides in elements.\n"
         "norm_weight 0: no norm. epilogue 0: store; 1: + residual; 2: silu(first half of n) · second half; 3: n is\n"
         "packed q, k, v heads: rotated q to out, rotated k and v to cache [num_blocks, 2, kv_heads, block_size,\n"
-        "head_dim]. blocks: the SM count. variant, stages, x_mode (1: x stays in shared memory, 2: streamed), l2_chunks\n"
-        "(prefetched per warp) and evict_first (what is read of weight leaves L2 first) are for measurements; 0: as\n"
-        "chosen here.")
+        "head_dim]. blocks: the SM count. variant, stages, x_mode (1: x stays in shared memory, 2: streamed) and l2_chunks\n"
+        "(prefetched per warp) are for measurements; 0: as chosen here.")
 
 }  // namespace
 }  // namespace zmqexec

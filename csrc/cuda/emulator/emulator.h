@@ -347,8 +347,6 @@ float2 unpack2(uint32_t pair)
 }
 
 inline void cp_async_16(void* shared, const void* global, bool valid) { emulator::copy_later(shared, global, valid); }
-inline uint64_t l2_policy(bool) { return 0; }
-inline void cp_async_16(void* shared, const void* global, bool valid, uint64_t) { cp_async_16(shared, global, valid); }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int N>
 void cp_async_wait()

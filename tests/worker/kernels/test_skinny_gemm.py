@@ -26,7 +26,6 @@ TUNINGS = st.builds(
     stages=st.sampled_from([0, 0, 1, 2, 3, 4]),
     x_mode=st.sampled_from([0, 0, 1, 2]),
     l2_chunks=st.sampled_from([0, 3]),
-    evict_first=st.booleans(),
     blocks=st.one_of(st.integers(1, 3), st.just(0)),
 )
 SEEDS = st.integers(0, 1 << 30)

@@ -37,7 +37,6 @@ class Tuning:
     stages       1 to 4 stages of a warp's ring; 0: as many as leave room for a successor's block on the SM, at most 3
     x_mode       1: x stays in shared memory, 2: it is streamed beside the weights; 0: chosen by the room it takes
     l2_chunks    how many chunks per warp beyond the ring are prefetched into L2 before the kernel waits
-    evict_first  what is read of the weights leaves L2 before other data
     blocks       thread blocks; 0: one per SM
     pdl          may start while its predecessor on the stream ends (sm_90 and newer)
     """
@@ -46,7 +45,6 @@ class Tuning:
     stages: int = 0
     x_mode: int = 0
     l2_chunks: int = 0
-    evict_first: bool = False
     blocks: int = 0
     pdl: bool = True
 
@@ -241,7 +239,6 @@ def _launch(
         tuning.stages,
         tuning.x_mode,
         tuning.l2_chunks,
-        tuning.evict_first,
         stream,
         tuning.pdl,
     )
