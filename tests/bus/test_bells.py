@@ -332,6 +332,26 @@ def test_a_decoder_that_keeps_a_view_is_told(pair):
     assert bytes(kept.pop()) == b"ine"  # its memory stays
 
 
+def test_what_a_decoder_returns_may_not_read_either_when_it_is_dropped(pair):
+    driver, worker = pair
+    assert driver.write(b"first", 0, 0.0) and driver.write(b"second", 0, 0.0)
+    refused = []
+
+    class Returned:
+        def __init__(self, payload):
+            self.view = memoryview(payload)
+
+        def __del__(self):
+            try:
+                worker.read(AS_BYTES, 0.0)
+            except BusError as error:
+                refused.append(str(error))  # the error itself would keep the view
+
+    with pytest.raises(BufferError, match="kept a view"):
+        worker.read((Returned,), 0.0)
+    assert len(refused) == 1 and worker.read(AS_BYTES, 0.0) == b"second"
+
+
 def test_dropping_the_last_reference_closes(make_ring):
     writer, (reader,) = ring.make_ring(num_slots=2, num_readers=1)
     del writer
