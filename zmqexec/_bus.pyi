@@ -111,9 +111,9 @@ class Segment:
     def encode(self, encode_into: EncodeInto, message: Any, kind: int, /) -> bool:
         """Publish what `encode_into(message, buffer)` makes of `buffer`, a bytearray that lies in the ring.
 
-        False where there is no room for it now or in the whole ring: `write` its bytes then. `encode_into` is
+        False where it does not fit the slots that it finds free, or the ring: `write` its bytes then. `encode_into` is
         msgspec's, which sets the buffer's size; a buffer that is to grow raises BufferError, and it may be called a
-        second time with a larger one. BufferError, for good, if it keeps a view of the buffer. Whatever else it raises
+        second time with a larger one. BufferError as long as it keeps a view of the buffer. Whatever else it raises
         is raised here; BusClosed and ProtocolError as `write`.
         """
 
@@ -121,7 +121,7 @@ class Segment:
         """`decoders[kind](payload)` of the next record, waiting at most `timeout_s` for one, without the GIL.
 
         The driver gets (rank, that), ranks in turn. The payload is an object with the buffer protocol that shows the
-        ring itself; BufferError, for good, if a decoder keeps a view of it. None at the deadline, or for a `wake`. An
+        ring itself; BufferError as long as a decoder keeps a view of it. None at the deadline, or for a `wake`. An
         exception of the decoder is raised here, and its record is gone. BusClosed: the driver closed and everything it
         published was read. ProtocolError: the record is damaged or of an unknown kind; where damaged it stays, and so
         does the error. `rehearse` is called when a record is about to come, to warm the caches, if the wait policy has

@@ -41,13 +41,13 @@ static Py_ssize_t encode_draft(Segment *self, PyObject *encode_into, PyObject *m
     show(window, draft->payload, (Py_ssize_t)draft->capacity - 1); /* it adds a zero that it does not count */
     self->is_writing = true; /* the encoder may run anything, also a garbage collector that closes us */
     PyObject *done = PyObject_Vectorcall(encode_into, args, 2, NULL);
-    self->is_writing = false;
     const Py_ssize_t length = Py_SIZE(window);
     show(window, NULL, 0);
-    Py_XDECREF(done);
+    Py_XDECREF(done); /* and so may whatever goes with its result */
+    self->is_writing = false;
     if (window->ob_exports > 1) {
         /* Whatever was kept would show later records, or end the process once the ring is unmapped. The mapping stays
-         * for good, and so does this error. */
+         * for good, this error until it is released. */
         self->num_inside++;
         PyErr_SetString(PyExc_BufferError, "an encoder kept a view of its buffer");
         return FAILED;

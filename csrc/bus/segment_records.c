@@ -256,16 +256,16 @@ static PyObject *decode(Segment *self, PyObject *decoders, const struct bus_reco
     payload->length = (Py_ssize_t)record->length;
     self->is_reading = true; /* the decoder may run anything, also a garbage collector that closes us */
     PyObject *decoded = PyObject_CallOneArg(PyTuple_GET_ITEM(decoders, record->kind), (PyObject *)payload);
-    self->is_reading = false;
     payload->data = NULL;
-    if (payload->num_views == 0)
-        return decoded;
-    /* Whatever was kept would show the next record's bytes, or end the process once the ring is unmapped. The mapping
-     * stays for good, and so does this error. */
-    self->num_inside++;
-    Py_CLEAR(decoded);
-    PyErr_SetString(PyExc_BufferError, "a decoder kept a view of its payload");
-    return NULL;
+    if (payload->num_views != 0) {
+        /* Whatever was kept would show the next record's bytes, or end the process once the ring is unmapped. The
+         * mapping stays for good, this error until it is released. */
+        self->num_inside++;
+        Py_CLEAR(decoded); /* may run anything, too */
+        PyErr_SetString(PyExc_BufferError, "a decoder kept a view of its payload");
+    }
+    self->is_reading = false;
+    return decoded;
 }
 
 /* Take the next record of reader `index`: BUS_OK with its decoded payload, which is NULL with an exception set where it

@@ -1,8 +1,8 @@
 /* zmqexec._bus.Segment: opening and closing. zmqexec/_bus.pyi documents it.
  *
  * Everything but waiting runs with the GIL held, which makes each call atomic for the threads of this process. A wait
- * releases it, and a decoder is Python code that may do anything; both count themselves in `num_inside`: whoever closes
- * meanwhile only marks the segment and rings its bells, and the last one out unmaps. */
+ * releases it, and decoders, encoders and rehearsals are Python code that may do anything; all of them are counted in
+ * `num_inside`: whoever closes meanwhile only marks the segment and rings its bells, and the last one out unmaps. */
 #include "segment_type.h"
 
 #include <unistd.h>

@@ -220,8 +220,8 @@ enum bus_result bus_wait(struct bus_bell *bell, bool (*is_ready)(const void *), 
     bool parked = true, rung = false;
 
     pace->begin_ns = 0;
-    if (window.until_ns > deadline_ns)
-        window.until_ns = deadline_ns;
+    if (window.until_ns > deadline_ns) /* where the deadline comes before the spin, there is none: park until then */
+        window.until_ns = window.from_ns < deadline_ns ? deadline_ns : entered_ns;
     if (window.until_ns > window.from_ns && window.from_ns > entered_ns) {
         result = park_precisely(bell, is_ready, of, pace->heralded, window.from_ns);
         now_ns = bus_now_ns();

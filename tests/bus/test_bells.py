@@ -61,6 +61,23 @@ def test_a_wait_ends_at_its_deadline(make_pair, policy):
     assert 0.05 <= time.monotonic() - begin < 5
 
 
+def test_a_wait_whose_deadline_comes_before_its_spin_parks_until_then(make_pair, in_thread):
+    driver, worker = make_pair("latency", cores=64)
+
+    def publish():
+        for _ in range(30):
+            time.sleep(0.01)
+            driver.write(b"a", 0, 1)
+
+    join = in_thread(publish)
+    assert all(worker.read(AS_BYTES, 5) == b"a" for _ in range(30))  # it has learned to spin after some 10 ms
+    join()
+    parked = driver.statistics()[-1][0][7][1]
+    for _ in range(5):
+        assert worker.read(AS_BYTES, 0.004) is None
+    assert driver.statistics()[-1][0][7][1] - parked <= 10
+
+
 @pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), 1e9])
 def test_a_wait_without_a_deadline_is_refused(pair, timeout_s):
     driver, worker = pair
@@ -313,6 +330,26 @@ def test_a_decoder_that_keeps_a_view_is_told(pair):
         worker.read((lambda payload: kept.append(memoryview(payload)[1:]),), 1)
     worker.close()
     assert bytes(kept.pop()) == b"ine"  # its memory stays
+
+
+def test_what_a_decoder_returns_may_not_read_either_when_it_is_dropped(pair):
+    driver, worker = pair
+    assert driver.write(b"first", 0, 0.0) and driver.write(b"second", 0, 0.0)
+    refused = []
+
+    class Returned:
+        def __init__(self, payload):
+            self.view = memoryview(payload)
+
+        def __del__(self):
+            try:
+                worker.read(AS_BYTES, 0.0)
+            except BusError as error:
+                refused.append(str(error))  # the error itself would keep the view
+
+    with pytest.raises(BufferError, match="kept a view"):
+        worker.read((Returned,), 0.0)
+    assert len(refused) == 1 and worker.read(AS_BYTES, 0.0) == b"second"
 
 
 def test_dropping_the_last_reference_closes(make_ring):

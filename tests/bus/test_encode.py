@@ -151,6 +151,25 @@ def test_an_encoder_may_neither_write_nor_encode(pair):
     assert driver.encode(again, "a", 0) and read(worker) == (0, "a")
 
 
+def test_what_an_encoder_returns_may_not_write_either_when_it_is_dropped(pair):
+    driver, worker = pair
+    refused = []
+
+    class Returned:
+        def __del__(self):
+            try:
+                driver.write(b"a", 0, 0.0)
+            except BusError as error:
+                refused.append(str(error))
+
+    def encode(message, buffer):
+        encode_into(message, buffer)
+        return Returned()
+
+    assert driver.encode(encode, "a message", 0) and len(refused) == 1
+    assert read(worker) == (0, "a message") and read(worker) is None
+
+
 def test_an_encoder_that_closes_the_bus_has_published_nothing(pair):
     driver, worker = pair
 

@@ -44,15 +44,13 @@ class Outbox:
         """Send a copy of `payload` to every reader.
 
         BusTimeout: names who holds us back; nothing was sent, except for a payload larger than the ring, after which
-        the bus cannot go on and every later `send` fails. `check` is called every few milliseconds
-        of waiting and may raise.
+        the bus cannot go on and every later `send` fails. `check` is called every few milliseconds of waiting and may
+        raise.
         """
         if self._broken:
             raise BusError("an earlier payload was lost half way, so that the bus cannot go on")
         if len(payload) <= self._max_ring_bytes:
-            # The usual case, with nothing between it and the ring.
-            if not self._segment.write(payload, IN_RING, 0.0):
-                self._writer.write(payload, timeout_s, IN_RING, check)
+            self._writer.write(payload, timeout_s, IN_RING, check)
             return
         deadline = time.monotonic() + timeout_s
 
