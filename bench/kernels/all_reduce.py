@@ -153,7 +153,11 @@ class Ranked:
         return bool(self.collectives.all_gather(flag).min().item())
 
     def captured(self, function: Callable[[], Any]) -> Callable[[], None]:
-        """A CUDA graph of it, run once before."""
+        """A CUDA graph of it, run once before. It keeps what `function` refers to.
+
+        A graph knows addresses alone. A tensor that nobody else keeps would be freed, and its memory given to the next
+        one, while every replay still writes there.
+        """
         torch = self.torch
         function()
         torch.cuda.synchronize()
@@ -162,7 +166,11 @@ class Ranked:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
             function()
-        return graph.replay
+
+        def replay(kept: Callable[[], Any] = function) -> None:
+            graph.replay()
+
+        return replay
 
     # ── correctness ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -215,7 +223,8 @@ class Ranked:
 
         On every element, x becomes (3 · sum of all ranks' x + a number of the rank's) modulo MODULUS, in float32
         without rounding. One stale word at one rank leaves this path and never comes back. The path depends on how
-        often each graph was replayed alone, and a table of the map, squared again and again, gives its end.
+        often each graph was replayed alone, and a table of the map, squared again and again, gives its end. It is
+        compared after every round; the first one that is wrong is the last, and each rank says what it found.
         """
         torch, one_shot = self.torch, self.collectives.one_shot
         assert one_shot is not None
@@ -226,6 +235,7 @@ class Ranked:
         ]
         states = []
         graphs = []
+        wrong: list[Row] = []
         for rows, cols, kinds in shapes:
             x = (torch.arange(rows * cols, device=self.device) % MODULUS).float().view(rows, cols)
             total = torch.zeros_like(x)
@@ -257,18 +267,30 @@ class Ranked:
             torch.cuda.synchronize()
             if self.collectives.health() is not None:
                 break
-            if not self.all_agree(time.monotonic() - self.started < self.seconds):
+            steps = [times * len(kinds) for (_, _, kinds), times in zip(shapes, replays, strict=True)]
+            wrong = self.wrong_states(states, steps)
+            if not self.all_agree(not wrong and time.monotonic() - self.started < self.seconds):
                 break
-        wrong = [
-            number
-            for number, ((_, _, kinds), x, times) in enumerate(zip(shapes, states, replays, strict=True))
-            if not torch.equal(x, self.expected(x, times * len(kinds)))
-        ]
         seconds = time.monotonic() - begin
         ok = self.all_agree(not wrong and self.collectives.health() is None)
         num_calls = sum(times * len(kinds) for (_, _, kinds), times in zip(shapes, replays, strict=True))
         row = {"ok": ok, "replays": sum(replays), "calls": num_calls, "seconds": round(seconds, 1)}
+        if wrong and self.rank:  # rank 0's are in the row
+            print({"replays": sum(replays), "wrong graphs": wrong}, flush=True)
         return row | {"wrong graphs": wrong, "health": self.collectives.health()}
+
+    def wrong_states(self, states: list[Any], steps: list[int]) -> list[Row]:
+        """A row for each graph whose state is not what so many calls make of it: where, and what is there instead."""
+        rows = []
+        for number, (x, done) in enumerate(zip(states, steps, strict=True)):
+            expected = self.expected(x, done)
+            if self.torch.equal(x, expected):
+                continue
+            found, right = x.flatten().tolist(), expected.flatten().tolist()
+            differing = [index for index, value in enumerate(found) if value != right[index]]
+            some = [{"element": index, "is": found[index], "should be": right[index]} for index in differing[:4]]
+            rows.append({"graph": number, "calls": done, "elements": len(differing), "of": len(found), "first": some})
+        return rows
 
     def expected(self, x: Any, steps: int) -> Any:
         """This rank's state after `steps` calls."""
