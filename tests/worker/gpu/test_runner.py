@@ -154,3 +154,13 @@ def test_steps_launched_ahead_of_their_results_give_the_same_tokens(truth, devic
             tokens += unpack(pending.popleft().result().token_ids)
     tokens += unpack(pending.popleft().result().token_ids)
     assert tokens == expected.tokens
+
+
+def test_new_blocks_may_come_beside_the_admission_and_several_at_a_time(truth, device):
+    runner = driver_of(truth, device).runners[0]
+    prompt, expected = truth.prompts[4], truth.expected[4]
+    admission = Admission(3, pack(prompt), len(prompt), 0, pack([9]))
+    first = StepInput(1, 0, prefills=pack([3, len(prompt)]), admitted=[admission], new_blocks=pack([3, 7, 3, 2, 3, 11]))
+    later = [StepInput(1, number, decodes=b"\10") for number in range(1, NUM_TOKENS)]
+    tokens = [unpack(runner.run(step).token_ids) for step in [first, *later]]
+    assert sum(tokens, []) == expected.tokens

@@ -226,9 +226,8 @@ class GpuRunner:
         if self._model is None or self._batch is None:
             raise InternalError("a step came before load and init_cache")
         with torch.inference_mode():
-            updates = self._updates_before(step)
             chunks, decodes = self._batch.take_in(step)
-            updates = self._updates(step, updates)
+            updates = self._updates(step)
             for admission in step.admitted:
                 self._host_sampled[admission.slot] = self._sampler.admit(admission.slot, admission.sampling)
             host_sampled = bool(self._host_sampled[decodes].any()) or bool(self._host_sampled[chunks[:, 0]].any())
@@ -237,23 +236,22 @@ class GpuRunner:
                 return self._decode(step, decodes, updates)
             return self._mixed(step, self._batch.rows(chunks, decodes), updates, host_sampled)
 
-    def _updates_before(self, step: StepInput) -> Int32Array:
-        """(slot, index, block) of every new block, from the block counts before the step."""
+    def _new_blocks(self, step: StepInput) -> Int32Array:
+        """(slot, index, block) of every new block of a step that the batch has taken in."""
         assert self._batch is not None
         if not step.new_blocks:
             return np.empty((0, 3), np.int32)
         pairs = np.frombuffer(step.new_blocks, "<i4").reshape(-1, 2)
         slots = pairs[:, 0]
-        if len(slots) and not (slots.min() >= 0 and slots.max() < self._load.config.max_num_seqs):
-            return np.empty((0, 3), np.int32)  # take_in refuses the step
         order = np.argsort(slots, kind="stable")
-        first = np.searchsorted(slots[order], slots[order])  # where each slot's run begins
-        index = np.empty(len(slots), np.int32)
-        index[order] = np.arange(len(slots)) - first
-        return np.stack([slots, self._batch.num_blocks[slots] + index, pairs[:, 1]], axis=1).astype(np.int32)
+        end = np.searchsorted(slots[order], slots[order], side="right")  # of each slot's run
+        index = self._batch.num_blocks[slots]
+        index[order] -= end - np.arange(len(slots))
+        return np.stack([slots, index, pairs[:, 1]], axis=1).astype(np.int32)
 
-    def _updates(self, step: StepInput, new_blocks: Int32Array) -> Int32Array:
-        """What the device must learn: admitted sequences, whole, and new blocks of the others."""
+    def _updates(self, step: StepInput) -> Int32Array:
+        """What the device must learn: admitted sequences, whole, and new blocks."""
+        new_blocks = self._new_blocks(step)
         if not step.admitted:
             return new_blocks
         parts = []
