@@ -162,5 +162,21 @@ def test_new_blocks_may_come_beside_the_admission_and_several_at_a_time(truth, d
     admission = Admission(3, pack(prompt), len(prompt), 0, pack([9]))
     first = StepInput(1, 0, prefills=pack([3, len(prompt)]), admitted=[admission], new_blocks=pack([3, 7, 3, 2, 3, 11]))
     later = [StepInput(1, number, decodes=b"\10") for number in range(1, NUM_TOKENS)]
-    tokens = [unpack(runner.run(step).token_ids) for step in [first, *later]]
-    assert sum(tokens, []) == expected.tokens
+    tokens = [token for step in [first, *later] for token in unpack(runner.run(step).token_ids)]
+    assert tokens == expected.tokens
+
+
+def test_many_prompts_behind_one_cached_prefix_give_the_same_tokens_in_bounded_memory(truth, device):
+    if truth.model.config.rope_parameters["rope_type"] == "dynamic":
+        pytest.skip("prompts beyond the model's own length share no cache")
+    driver = driver_of(truth, device, max_model_len=80, max_num_batched_tokens=16)
+    prompt, expected = truth.prompts[5], truth.expected[5]
+    driver.admit(0, prompt)
+    driver.step({0: len(prompt)}, [])
+    for slot, num_shared in enumerate([4, 2, 4], start=1):  # 70 tokens each: two do not fit 80 together
+        driver.admit_with_prefix(slot, prompt, 0, num_shared)
+    driver.step({slot: len(prompt) - driver.computed[slot] for slot in (1, 2, 3)}, [0])
+    assert [driver.tokens[slot][len(prompt) :] for slot in range(4)] == [
+        expected.tokens[:2],
+        *[expected.tokens[:1]] * 3,
+    ]

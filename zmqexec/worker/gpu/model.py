@@ -8,6 +8,8 @@ fused into it: five kernels a layer. Larger ones use cuBLAS, and prefills torch'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import linear
 
@@ -66,14 +68,14 @@ class GpuLlama:
         return pad_angles(table, self._head_dim).to(self._weights.norm.device)
 
     def forward(
-        self, token_ids: torch.Tensor, places: Places, cache: list[torch.Tensor], contexts: Contexts | None
+        self, token_ids: torch.Tensor, places: Places, cache: list[torch.Tensor], contexts: Sequence[Contexts]
     ) -> torch.Tensor:
         """Compute the tokens, leave their keys and values in `cache`; [num_tokens, hidden] before the last norm.
 
         Tokens of `contexts` (prefills) come first, then one of each row that `decode_attention` has planned.
         """
         hidden = self._embed(token_ids)
-        if contexts is None and self._is_skinny(hidden):
+        if not contexts and self._is_skinny(hidden):
             return self._forward_skinny(hidden, places, cache)
         partial: torch.Tensor | None = None
         for layer, layer_cache in zip(self._weights.layers, cache, strict=True):
@@ -145,17 +147,19 @@ class GpuLlama:
         normed: torch.Tensor,
         places: Places,
         cache: torch.Tensor,
-        contexts: Contexts | None,
+        contexts: Sequence[Contexts],
     ) -> torch.Tensor:
         num_heads = self._num_heads
         qkv = linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
         self._ops.rope_write_kv_(qkv, num_heads, cache, places)
         attended = torch.empty_like(qkv[:, :num_heads], memory_format=torch.contiguous_format)
-        num_prefill = contexts.num_tokens if contexts else 0
-        if contexts:
-            attend_prefills(attended[:num_prefill], qkv[:num_prefill], num_heads, cache, contexts, self._scale)
-        if num_prefill < len(normed):
-            self._decode_attention.attend(attended[num_prefill:], qkv[num_prefill:, :num_heads], cache, self._scale)
+        begin = 0
+        for group in contexts:
+            end = begin + group.num_tokens
+            attend_prefills(attended[begin:end], qkv[begin:end], num_heads, cache, group, self._scale)
+            begin = end
+        if begin < len(normed):
+            self._decode_attention.attend(attended[begin:], qkv[begin:, :num_heads], cache, self._scale)
         return attended.view(len(normed), -1)
 
     def _forward_skinny(self, hidden: torch.Tensor, places: Places, cache: list[torch.Tensor]) -> torch.Tensor:
