@@ -6,6 +6,7 @@ import pytest
 
 from zmqexec.config import EngineConfig
 from zmqexec.driver import gpus
+from zmqexec.driver.plan import make_plan
 from zmqexec.errors import ConfigError
 
 
@@ -67,6 +68,16 @@ def test_what_cannot_run_is_refused_with_the_remedy(machine, num_gpus, cuda, con
     machine(num_gpus, cuda)
     with pytest.raises(ConfigError, match=words):
         gpus.choose_device(EngineConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("config", "param"), [({"max_num_seqs": 1025}, "max_num_seqs"), ({"block_size": 8}, "block_size")]
+)
+def test_what_the_kernels_cannot_do_is_refused_before_a_process_starts(machine, config, param):
+    machine(1)
+    with pytest.raises(ConfigError, match=f"{param}=.* on a GPU") as refusal:
+        make_plan(EngineConfig(device="cuda", **config))
+    assert refusal.value.param == param
 
 
 @pytest.mark.parametrize(

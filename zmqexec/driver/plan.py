@@ -22,6 +22,7 @@ from zmqexec.protocol import LoadModel
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPU_BLOCK_STEP = 16
 MAX_GPU_HEAD_DIM = 256
+MAX_GPU_SEQS = 1024
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,10 @@ def _auto_dtype(model: ModelConfig, device: str) -> str:
 
 def _check_for_gpu(plan: Plan) -> None:
     """`ConfigError` for what the kernels cannot do."""
+    if plan.config.max_num_seqs > MAX_GPU_SEQS:
+        raise ConfigError(
+            f"max_num_seqs={plan.config.max_num_seqs}: on a GPU it must be at most {MAX_GPU_SEQS}", "max_num_seqs"
+        )
     if plan.dtype == "float32":
         return  # plain torch
     if plan.config.block_size % GPU_BLOCK_STEP:
