@@ -119,18 +119,24 @@ class Worker:
                     self._channel.reply(CacheReady(self._epoch), REPLY_TIMEOUT_S)
 
     def _step(self, step: StepInput) -> None:
-        self._step_id = step.step_id
-        phase = Phase.PREFILL if step.prefills else Phase.DECODE
-        self._set_phase(phase)
         runner = self._open_runner()
         if self._outputs is not None:
-            self._outputs.put(runner.submit(step))  # type: ignore[union-attr]
-            self._set_phase(phase)  # the other thread may just have called us idle
+
+            def launch() -> Pending:
+                self._begin(step)
+                return runner.submit(step)  # type: ignore[union-attr]
+
+            self._outputs.put(launch)
             return
+        self._begin(step)
         output = runner.run(step)
         if self._rank == 0:
             self._set_phase(Phase.REPLYING)
             self._channel.reply(output, REPLY_TIMEOUT_S)
+
+    def _begin(self, step: StepInput) -> None:
+        self._step_id = step.step_id
+        self._set_phase(Phase.PREFILL if step.prefills else Phase.DECODE)
 
     def _load(self, load: LoadModel) -> None:
         self._set_phase(Phase.LOADING)
@@ -184,7 +190,10 @@ class Worker:
                 arguments["collective_timeout_s"],
                 join_timeout_s=arguments["join_timeout_s"],
             )
-        self._outputs = OutputThread(self._deliver, self._fail_from_thread, lambda: self._set_phase(Phase.IDLE))
+        # A new thread's device is GPU 0: a call of CUDA there may make every other rank a second context.
+        self._outputs = OutputThread(
+            self._deliver, self._fail_from_thread, lambda: self._set_phase(Phase.IDLE), device.use
+        )
         return GpuRunner(load, collectives, device, on_phase=self._set_phase)
 
     def _deliver(self, pending: Pending) -> None:

@@ -40,6 +40,9 @@ class Device(Protocol):
     is_cuda: bool
     num_sms: int
 
+    def use(self) -> None:
+        """Make it the calling thread's device, as it is that of the thread that opened it."""
+
     def stream(self) -> int:
         """The current stream, as the kernels take it."""
 
@@ -85,8 +88,11 @@ class CudaDevice:
             ) from None
         self.native: ModuleType = _cuda
         self.torch_device = torch.device("cuda", index)
-        torch.cuda.set_device(self.torch_device)
+        self.use()
         self.num_sms = torch.cuda.get_device_properties(index).multi_processor_count
+
+    def use(self) -> None:
+        torch.cuda.set_device(self.torch_device)
 
     def stream(self) -> int:
         return int(torch.cuda.current_stream().cuda_stream)
