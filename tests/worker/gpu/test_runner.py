@@ -69,6 +69,17 @@ def test_plain_greedy_tokens_are_those_of_transformers(truth, device, tp_size):
     assert [outputs[slot] for slot in range(len(truth.prompts))] == [expected.tokens for expected in truth.expected]
 
 
+def test_ranks_with_unequal_shards_take_the_same_kernels(tmp_path):
+    make_checkpoint(
+        tmp_path, **LARGER["heads-of-64"], intermediate_size=49
+    )  # 25 and 24: `skinny_gemm` takes multiples of 8
+    with ThreadPoolExecutor(2) as pool:
+        members = ThreadCollectives.group(2)
+        runners = list(pool.map(lambda member: make_gpu_runner(tmp_path, member, dtype="bfloat16"), members))
+    row = torch.zeros(1, 128, dtype=torch.bfloat16)
+    assert {runner._model._is_skinny(row) for runner in runners} == {False}
+
+
 def test_chunks_beside_running_decodes_give_the_same_tokens(truth, device):
     driver = driver_of(truth, device)
     for slot, prompt in enumerate(truth.prompts):

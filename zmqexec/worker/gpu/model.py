@@ -45,6 +45,8 @@ class GpuLlama:
         self._head_dim = head_dim
         self._num_heads = len(sharding.heads)
         self._num_kv_heads = len(sharding.kv_heads)
+        tp_size = collectives.tp_size
+        self._inner_sizes = {len(Sharding(config, rank, tp_size).intermediate) for rank in range(tp_size)}
         self._scale = config.head_dim**-0.5
         self._held = sharding.vocab
         self._weights = weights
@@ -111,15 +113,15 @@ class GpuLlama:
         return logits
 
     def _is_skinny(self, hidden: torch.Tensor) -> bool:
-        """Whether all products of these rows go through `skinny_gemm`."""
-        if len(hidden) > SKINNY_ROWS:
+        """Whether all products of these rows go through `skinny_gemm`, on every rank: all call the same collectives."""
+        num_rows, width = hidden.shape
+        if num_rows > SKINNY_ROWS:
             return False
         weights = self._weights
         layer = weights.layers[0]
-        return layer.gate_up.shape[0] % 8 == 0 and all(
-            supported(len(hidden), weight.shape[0], weight.shape[1], hidden.dtype)
-            for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, weights.lm_head)
-        )
+        shapes = [(weight.shape[0], weight.shape[1]) for weight in (layer.qkv, layer.o, weights.lm_head)]
+        shapes += [shape for inner in self._inner_sizes for shape in ((2 * inner, width), (width, inner))]
+        return all(supported(num_rows, rows, columns, hidden.dtype) for rows, columns in shapes)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden]; each token's row is on one rank and zero on the others, so the sum is exact."""
