@@ -80,6 +80,14 @@ def test_what_the_kernels_cannot_do_is_refused_before_a_process_starts(machine, 
     assert refusal.value.param == param
 
 
+def test_blocks_are_counted_with_their_heads_as_the_device_pads_them(machine):
+    machine(1)
+    on_gpu, on_cpu = (make_plan(EngineConfig(device=device, dtype="bfloat16")) for device in ("cuda", "cpu"))
+    assert on_gpu.model.head_dim < 64
+    assert on_gpu.block_bytes * on_gpu.model.head_dim == on_cpu.block_bytes * 64
+    assert make_plan(EngineConfig(device="cuda", dtype="float32")).block_bytes == 2 * on_cpu.block_bytes
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda = '12.8'", "12.8"), ("cuda: Optional[str] = None", None)],

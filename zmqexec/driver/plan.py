@@ -10,18 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from zmqexec.cache_size import cpu_cache_bytes
 from zmqexec.checkpoint import Checkpoint
 from zmqexec.config import EngineConfig
 from zmqexec.demo import CHECKPOINT as DEMO_CHECKPOINT
 from zmqexec.driver.gpus import choose_device
 from zmqexec.errors import ConfigError
-from zmqexec.model_config import ModelConfig, check_tensor_parallel, load_model_config
+from zmqexec.model_config import (
+    GPU_HEAD_DIMS,
+    ModelConfig,
+    check_tensor_parallel,
+    load_model_config,
+    padded_head_dim,
+)
 from zmqexec.protocol import LoadModel
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPU_BLOCK_STEP = 16
-MAX_GPU_HEAD_DIM = 256
 MAX_GPU_SEQS = 1024
 
 
@@ -40,7 +47,10 @@ class Plan:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block on one rank."""
-        per_token = self.model.kv_bytes_per_token(self.config.tensor_parallel_size, DTYPE_BYTES[self.dtype])
+        model = self.model
+        if self.device == "cuda" and self.dtype != "float32":
+            model = msgspec.structs.replace(model, head_dim=padded_head_dim(model.head_dim))
+        per_token = model.kv_bytes_per_token(self.config.tensor_parallel_size, DTYPE_BYTES[self.dtype])
         return self.config.block_size * per_token
 
     @property
@@ -138,10 +148,10 @@ def _check_for_gpu(plan: Plan) -> None:
         raise ConfigError(
             f"block_size={plan.config.block_size}: on a GPU it must be a multiple of {GPU_BLOCK_STEP}", "block_size"
         )
-    if plan.model.head_dim > MAX_GPU_HEAD_DIM:
+    if plan.model.head_dim > GPU_HEAD_DIMS[-1]:
         raise ConfigError(
             f"the model's head_dim={plan.model.head_dim} is not supported on a GPU in {plan.dtype}: it must be at most "
-            f"{MAX_GPU_HEAD_DIM}; use dtype='float32' or device='cpu'",
+            f"{GPU_HEAD_DIMS[-1]}; use dtype='float32' or device='cpu'",
             "device",
         )
 

@@ -23,7 +23,7 @@ import torch
 
 from zmqexec.bus.status import Phase
 from zmqexec.errors import InternalError
-from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config
+from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config, padded_head_dim
 from zmqexec.protocol import LoadModel, StepInput, StepOutput
 from zmqexec.worker.batch import Batch, Prefill, Rows
 from zmqexec.worker.gpu.attention import Contexts, groups_of
@@ -34,11 +34,12 @@ from zmqexec.worker.gpu.host_sampling import HostCollectives, HostLogits
 from zmqexec.worker.gpu.memory import free_bytes_for_cache, out_of_memory
 from zmqexec.worker.gpu.model import SKINNY_ROWS, GpuLlama
 from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places
-from zmqexec.worker.gpu.pad_heads import pad_weights, padded_head_dim
+from zmqexec.worker.gpu.pad_heads import pad_weights
 from zmqexec.worker.gpu.sampler import DeviceSampler
 from zmqexec.worker.gpu.staging import Staging
 from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
+from zmqexec.worker.logprobs import POSITIONS_AT_ONCE
 from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
 from zmqexec.worker.outputs import PeerMissing
 from zmqexec.worker.sampler import Sampled, Sampler
@@ -151,9 +152,7 @@ class GpuRunner:
                 dtype=torch.float32,
                 device=device.torch_device,
             )
-            free_bytes = free_bytes_for_cache(device, self._load.config, self._measure)
-            # The driver counts blocks of heads that are not padded.
-            return free_bytes * config.head_dim // self._head_dim
+            return free_bytes_for_cache(device, self._load.config, self._measure)
 
     def _make_state(self) -> None:
         engine, device, sharding = self._load.config, self._device, self._sharding
@@ -174,7 +173,7 @@ class GpuRunner:
 
     def _measure(self) -> None:
         """The step that needs the most memory: all the tokens a step may have, the most cached ones that are gathered
-        at a time, and a sample of every slot."""
+        at a time, and a sample of every slot or a prompt's log-probabilities."""
         assert self._model is not None
         engine, device = self._load.config, self._device.torch_device
         num_tokens = engine.max_num_batched_tokens
@@ -193,7 +192,7 @@ class GpuRunner:
         cache = [torch.empty(shape, dtype=self._dtype, device=device)] * self._config.num_layers
         contexts = Contexts(num_tokens, lens, context_lens, sums, context_sums, blocks, blocks)
         hidden = self._model.forward(zeros, places, cache, [contexts])
-        self._sampler.whole(self._model.logits(hidden[: engine.max_num_seqs]))
+        self._sampler.whole(self._model.logits(hidden[: max(engine.max_num_seqs, POSITIONS_AT_ONCE)]))
 
     def init_cache(self, num_blocks: int) -> None:
         """Allocate a KV cache of `num_blocks` blocks and capture the graphs. `ConfigError`: out of memory."""
