@@ -204,8 +204,6 @@ class Worker:
     def _fail_from_thread(self, error: BaseException) -> None:
         """The main thread may be waiting for a step that will never come, or for the device: end here."""
         if not isinstance(error, BusClosed) and not self._channel.closed:
-            if isinstance(error, PeerMissing):
-                self._phase = Phase.COLLECTIVE  # the peer's own news, if there is any, says more
             traceback.print_exception(error)
             self._report(error)
             sys.stderr.flush()
@@ -224,4 +222,6 @@ class Worker:
         text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
         text = text.encode(errors="backslashreplace").decode()  # the name of a file may be no UTF-8
         info = ErrorInfo(type(error).__name__, text, error.param if isinstance(error, UserError) else None)
-        return Failure(self._epoch, self._step_id, self._phase.name, info)
+        # Where a peer is missing, its own news, if there is any, says more.
+        phase = Phase.COLLECTIVE if isinstance(error, PeerMissing) else self._phase
+        return Failure(self._epoch, self._step_id, phase.name, info)

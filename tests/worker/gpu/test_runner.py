@@ -13,6 +13,7 @@ from tests.checkpoints import VARIANTS, greedy, make_checkpoint, random_prompts
 from tests.worker.gpu.emulation import NUM_BLOCKS, EmulatedDevice, make_gpu_runner
 from tests.worker.step_driver import StepDriver, ThreadCollectives
 from zmqexec.protocol import Admission, Sampling, StepInput, pack, unpack
+from zmqexec.worker.outputs import PeerMissing
 
 NUM_TOKENS = 8
 BLOCK_SIZE = 16
@@ -78,6 +79,19 @@ def test_ranks_with_unequal_shards_take_the_same_kernels(tmp_path):
         runners = list(pool.map(lambda member: make_gpu_runner(tmp_path, member, dtype="bfloat16"), members))
     row = torch.zeros(1, 128, dtype=torch.bfloat16)
     assert {runner._model._is_skinny(row) for runner in runners} == {False}
+
+
+def test_an_error_of_sampling_without_a_peer_is_the_peers(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    runner = make_gpu_runner(tmp_path)
+    monkeypatch.setattr(runner._host_sampler, "sample", lambda *_: [][0])
+    admission = Admission(0, pack([1, 2]), 2, 0, pack([0]), Sampling(logprobs=1))
+    step = StepInput(1, 0, prefills=pack([0, 2]), admitted=[admission])
+    with pytest.raises(IndexError):
+        runner.submit(step)
+    monkeypatch.setattr(runner._collectives, "health", lambda: "rank 1 did not join")
+    with pytest.raises(PeerMissing, match="rank 1"):
+        runner.submit(step)
 
 
 def test_chunks_beside_running_decodes_give_the_same_tokens(truth, device):

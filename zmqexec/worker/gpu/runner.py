@@ -229,9 +229,19 @@ class GpuRunner:
         return self.submit(step).result()
 
     def submit(self, step: StepInput) -> Pending:
-        """Launch one step. `InternalError` where it does not fit the steps before it."""
+        """Launch one step. `InternalError` where it does not fit those before it; PeerMissing as `Pending.result`."""
         if self._model is None or self._batch is None:
             raise InternalError("a step came before load and init_cache")
+        try:
+            return self._submit(step)
+        except Exception as error:
+            # The host's sampler may have choked on what a sum without that peer left.
+            if problem := self._collectives.health():
+                raise PeerMissing(problem) from error
+            raise
+
+    def _submit(self, step: StepInput) -> Pending:
+        assert self._batch is not None
         with torch.inference_mode():
             chunks, decodes = self._batch.take_in(step)
             updates = self._updates(step)
