@@ -267,7 +267,7 @@ class GpuRunner:
         return np.stack([slots, index, pairs[:, 1]], axis=1).astype(np.int32)
 
     def _updates(self, step: StepInput) -> Int32Array:
-        """What the device must learn: admitted sequences, whole, and new blocks."""
+        """What the device must learn: lengths and blocks of admitted sequences, and new blocks."""
         new_blocks = self._new_blocks(step)
         if not step.admitted:
             return new_blocks
