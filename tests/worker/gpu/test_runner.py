@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,8 @@ import torch
 from tests.checkpoints import VARIANTS, greedy, make_checkpoint, random_prompts
 from tests.worker.gpu.emulation import NUM_BLOCKS, EmulatedDevice, make_gpu_runner
 from tests.worker.step_driver import StepDriver, ThreadCollectives
+from zmqexec.config import EngineConfig
+from zmqexec.executor.inline import InlineExecutor
 from zmqexec.protocol import Admission, Sampling, StepInput, pack, unpack
 from zmqexec.worker.outputs import PeerMissing
 
@@ -205,3 +208,12 @@ def test_many_prompts_behind_one_cached_prefix_give_the_same_tokens_in_bounded_m
         expected.tokens[:2],
         *[expected.tokens[:1]] * 3,
     ]
+
+
+def test_a_closed_inline_engine_holds_no_memory_of_its_gpu(tmp_path):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    executor = InlineExecutor(EngineConfig())
+    executor._runner = make_gpu_runner(tmp_path)
+    cache = weakref.ref(executor._runner._cache[0])
+    executor.close()
+    assert cache() is None
