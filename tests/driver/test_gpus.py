@@ -88,6 +88,17 @@ def test_blocks_are_counted_with_their_heads_as_the_device_pads_them(machine):
     assert make_plan(EngineConfig(device="cuda", dtype="float32")).block_bytes == 2 * on_cpu.block_bytes
 
 
+def test_a_cache_too_small_for_one_sequence_is_refused_with_what_helps_on_a_gpu(machine):
+    machine(1)
+    plan = make_plan(EngineConfig(device="cuda"))
+    with pytest.raises(ConfigError, match="raise gpu_memory_utilization, use more GPUs, or lower max_model_len"):
+        plan.num_blocks(plan.block_bytes)
+    with pytest.raises(ConfigError, match="raise kv_cache_memory_bytes to that") as refusal:
+        make_plan(EngineConfig(device="cuda", kv_cache_memory_bytes=plan.block_bytes))
+    needed = int(str(refusal.value).split("needs ")[1].split()[0])
+    assert make_plan(EngineConfig(device="cuda", kv_cache_memory_bytes=needed)).num_blocks(needed) > 0
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda = '12.8'", "12.8"), ("cuda: Optional[str] = None", None)],

@@ -75,12 +75,14 @@ class Plan:
             num_tokens = num_blocks * self.config.block_size
             given = self.config.kv_cache_memory_bytes is not None
             room = f"kv_cache_memory_bytes={kv_cache_bytes}" if given else f"the free memory, {kv_cache_bytes} bytes,"
+            param, remedy = "kv_cache_memory_bytes", f"{'raise' if given else 'set'} kv_cache_memory_bytes to that"
+            if self.device == "cuda" and not given:
+                param, remedy = "gpu_memory_utilization", "raise gpu_memory_utilization, use more GPUs"
             shorter = f", or lower max_model_len to at most {num_tokens}" if num_tokens >= 2 else ""
             raise ConfigError(
                 f"{room} holds {num_tokens} tokens of KV cache, but one sequence of max_model_len={self.max_model_len} "
-                f"needs {needed * self.block_bytes} bytes; {'raise' if given else 'set'} kv_cache_memory_bytes to that"
-                f"{shorter}",
-                "kv_cache_memory_bytes",
+                f"needs {needed * self.block_bytes} bytes; {remedy}{shorter}",
+                param,
             )
         return num_blocks
 
@@ -123,6 +125,8 @@ def make_plan(config: EngineConfig) -> Plan:
     )
     if device == "cuda":
         _check_for_gpu(plan)
+        if config.kv_cache_memory_bytes is not None:
+            plan.num_blocks(config.kv_cache_memory_bytes)
     else:
         # The workers say the last word, when their weights are loaded; what cannot fit even now is refused now.
         plan.num_blocks(cpu_cache_bytes(config, model, max_model_len, DTYPE_BYTES[plan.dtype]))
