@@ -43,6 +43,9 @@ WAIT_S = 60.0
 REPLY_TIMEOUT_S = 3600.0
 """A program may leave an engine alone for long before it takes the next result; if it dies, so do we."""
 
+LAST_WORDS_S = 10.0
+"""How long the output thread may take to hand over its last words."""
+
 PROGRESS_STEPS = 50
 
 
@@ -75,21 +78,31 @@ class Worker:
         self._step_id = -1
         self._runner: ModelRunner | GpuRunner | None = None
         self._outputs: OutputThread | None = None
+        self._is_failing = False
+        """The output thread has reported an error and is about to end the process."""
 
     def run(self) -> int:
         """Serve until the bus closes; the exit code. An exception is sent to the driver first."""
         try:
             self._serve()
         except BusClosed:
-            return 0
+            return self._left()
         except BaseException as error:
             if self._channel.closed:
-                return 0  # peers that saw it first have left in the middle of a collective, and nobody asks for more
+                return (
+                    self._left()
+                )  # peers that saw it first have left in the middle of a collective, and nobody asks for more
             traceback.print_exc()
             if self._outputs is not None:
                 self._outputs.stop()
             self._report(error)
             return 1
+        return 0
+
+    def _left(self) -> int:
+        """The exit code when the bus was closed. Where the output thread closed it, it is what ends this process."""
+        if self._is_failing and self._outputs is not None:
+            self._outputs.join(LAST_WORDS_S)
         return 0
 
     def _report(self, error: BaseException) -> None:
@@ -206,6 +219,8 @@ class Worker:
         if not isinstance(error, BusClosed) and not self._channel.closed:
             traceback.print_exception(error)
             self._report(error)
+            self._is_failing = True  # the main thread shall not end the process first
+            self._channel.close()  # over ZeroMQ the last words may still be on their way
             sys.stderr.flush()
             os._exit(1)
 

@@ -64,7 +64,11 @@ class OutputThread:
     def stop(self) -> None:
         """Deliver what was put in, then end; waits for that at most `STOP_TIMEOUT_S`."""
         self._steps.put(None)
-        self._thread.join(STOP_TIMEOUT_S)
+        self.join(STOP_TIMEOUT_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread has ended, at most `timeout_s`."""
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:
