@@ -47,7 +47,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_num_batched_tokens  tokens one step may compute: bounds the time of a step
     block_size              tokens per block of the KV cache
     kv_cache_memory_bytes   memory for the KV cache of one worker; default: by the memory that is free
-    gpu_memory_utilization  share of a GPU's memory that a worker may take
+    gpu_memory_utilization  share of a GPU's memory that may be in use, other programs' included
     enable_prefix_caching   keep the KV of finished prompts for later prompts that begin alike
     enable_chunked_prefill  split long prompts over steps, so that running sequences are not held up
     cuda_graphs             replay decode steps on a GPU from graphs captured at start-up; off for debugging

@@ -16,6 +16,8 @@ from zmqexec.errors import CheckpointError, ConfigError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+GPU_HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Sizes of heads that csrc/cuda/paged_attention.cu has."""
 
 
 class RopeConfig(Struct, frozen=True, kw_only=True):
@@ -57,6 +59,14 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     def kv_bytes_per_token(self, tp_size: int, dtype_bytes: int) -> int:
         """KV cache bytes that one token takes on one rank."""
         return 2 * self.num_layers * len(Sharding(self, 0, tp_size).kv_heads) * self.head_dim * dtype_bytes
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The size to which a GPU worker in half precision pads heads: the smallest of `GPU_HEAD_DIMS` that holds them.
+
+    `head_dim` itself where there is none so large.
+    """
+    return next((size for size in GPU_HEAD_DIMS if size >= head_dim), head_dim)
 
 
 class Sharding:

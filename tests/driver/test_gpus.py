@@ -6,6 +6,7 @@ import pytest
 
 from zmqexec.config import EngineConfig
 from zmqexec.driver import gpus
+from zmqexec.driver.plan import make_plan
 from zmqexec.errors import ConfigError
 
 
@@ -73,6 +74,35 @@ def test_what_cannot_run_is_refused_with_the_remedy(machine, num_gpus, cuda, con
     machine(num_gpus, cuda)
     with pytest.raises(ConfigError, match=words):
         gpus.choose_device(EngineConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("config", "param"), [({"max_num_seqs": 1025}, "max_num_seqs"), ({"block_size": 8}, "block_size")]
+)
+def test_what_the_kernels_cannot_do_is_refused_before_a_process_starts(machine, config, param):
+    machine(1)
+    with pytest.raises(ConfigError, match=f"{param}=.* on a GPU") as refusal:
+        make_plan(EngineConfig(device="cuda", **config))
+    assert refusal.value.param == param
+
+
+def test_blocks_are_counted_with_their_heads_as_the_device_pads_them(machine):
+    machine(1)
+    on_gpu, on_cpu = (make_plan(EngineConfig(device=device, dtype="bfloat16")) for device in ("cuda", "cpu"))
+    assert on_gpu.model.head_dim < 64
+    assert on_gpu.block_bytes * on_gpu.model.head_dim == on_cpu.block_bytes * 64
+    assert make_plan(EngineConfig(device="cuda", dtype="float32")).block_bytes == 2 * on_cpu.block_bytes
+
+
+def test_a_cache_too_small_for_one_sequence_is_refused_with_what_helps_on_a_gpu(machine):
+    machine(1)
+    plan = make_plan(EngineConfig(device="cuda"))
+    with pytest.raises(ConfigError, match="raise gpu_memory_utilization, use more GPUs, or lower max_model_len"):
+        plan.num_blocks(plan.block_bytes)
+    with pytest.raises(ConfigError, match="raise kv_cache_memory_bytes to that") as refusal:
+        make_plan(EngineConfig(device="cuda", kv_cache_memory_bytes=plan.block_bytes))
+    needed = int(str(refusal.value).split("needs ")[1].split()[0])
+    assert make_plan(EngineConfig(device="cuda", kv_cache_memory_bytes=needed)).num_blocks(needed) > 0
 
 
 @pytest.mark.parametrize(

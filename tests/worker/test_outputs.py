@@ -38,6 +38,9 @@ class Heard:
             lambda: self.events.put("idle"),
         )
 
+    def put(self, step):
+        self.thread.put(lambda: step)
+
     def next(self):
         return self.events.get(timeout=10)
 
@@ -46,7 +49,7 @@ def test_steps_are_delivered_in_order_and_the_last_leaves_it_idle():
     heard, steps = Heard(), [Step(number) for number in range(5)]
     assert not heard.thread.is_busy
     for step in steps:
-        heard.thread.put(step)
+        heard.put(step)
     assert heard.thread.is_busy
     for step in reversed(steps):
         step.let_go()
@@ -59,7 +62,7 @@ def test_the_first_error_is_told_and_nothing_after_it_is_delivered():
     heard, error = Heard(), RuntimeError("lost")
     for step in (Step(0), Step(1, error), Step(2)):
         step.let_go()
-        heard.thread.put(step)
+        heard.put(step)
     told = iter(heard.next, error)
     assert [event for event in told if event != "idle"] == [0]
     heard.thread.stop()
@@ -68,7 +71,24 @@ def test_the_first_error_is_told_and_nothing_after_it_is_delivered():
 
 def test_stopping_delivers_what_was_put_in_first():
     heard, step = Heard(), Step(7)
-    heard.thread.put(step)
+    heard.put(step)
     threading.Timer(0.05, step.let_go).start()
     heard.thread.stop()
     assert heard.next() == 7
+
+
+def test_nobody_is_idle_while_the_next_step_is_launched():
+    heard, first = Heard(), Step(0)
+    heard.put(first)
+
+    def launch():
+        first.let_go()
+        assert heard.next() == 0
+        assert heard.thread.is_busy
+        return second
+
+    second = Step(1)
+    heard.thread.put(launch)
+    second.let_go()
+    assert [heard.next(), heard.next()] == [1, "idle"]
+    heard.thread.stop()

@@ -10,18 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from zmqexec.cache_size import cpu_cache_bytes
 from zmqexec.checkpoint import Checkpoint
 from zmqexec.config import EngineConfig
 from zmqexec.demo import CHECKPOINT as DEMO_CHECKPOINT
 from zmqexec.driver.gpus import choose_device
 from zmqexec.errors import ConfigError
-from zmqexec.model_config import ModelConfig, check_tensor_parallel, load_model_config
+from zmqexec.model_config import (
+    GPU_HEAD_DIMS,
+    ModelConfig,
+    check_tensor_parallel,
+    load_model_config,
+    padded_head_dim,
+)
 from zmqexec.protocol import LoadModel
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPU_BLOCK_STEP = 16
-MAX_GPU_HEAD_DIM = 256
+MAX_GPU_SEQS = 1024
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,10 @@ class Plan:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block on one rank."""
-        per_token = self.model.kv_bytes_per_token(self.config.tensor_parallel_size, DTYPE_BYTES[self.dtype])
+        model = self.model
+        if self.device == "cuda" and self.dtype != "float32":
+            model = msgspec.structs.replace(model, head_dim=padded_head_dim(model.head_dim))
+        per_token = model.kv_bytes_per_token(self.config.tensor_parallel_size, DTYPE_BYTES[self.dtype])
         return self.config.block_size * per_token
 
     @property
@@ -64,12 +75,14 @@ class Plan:
             num_tokens = num_blocks * self.config.block_size
             given = self.config.kv_cache_memory_bytes is not None
             room = f"kv_cache_memory_bytes={kv_cache_bytes}" if given else f"the free memory, {kv_cache_bytes} bytes,"
+            param, remedy = "kv_cache_memory_bytes", f"{'raise' if given else 'set'} kv_cache_memory_bytes to that"
+            if self.device == "cuda" and not given:
+                param, remedy = "gpu_memory_utilization", "raise gpu_memory_utilization, use more GPUs"
             shorter = f", or lower max_model_len to at most {num_tokens}" if num_tokens >= 2 else ""
             raise ConfigError(
                 f"{room} holds {num_tokens} tokens of KV cache, but one sequence of max_model_len={self.max_model_len} "
-                f"needs {needed * self.block_bytes} bytes; {'raise' if given else 'set'} kv_cache_memory_bytes to that"
-                f"{shorter}",
-                "kv_cache_memory_bytes",
+                f"needs {needed * self.block_bytes} bytes; {remedy}{shorter}",
+                param,
             )
         return num_blocks
 
@@ -112,6 +125,8 @@ def make_plan(config: EngineConfig) -> Plan:
     )
     if device == "cuda":
         _check_for_gpu(plan)
+        if config.kv_cache_memory_bytes is not None:
+            plan.num_blocks(config.kv_cache_memory_bytes)
     else:
         # The workers say the last word, when their weights are loaded; what cannot fit even now is refused now.
         plan.num_blocks(cpu_cache_bytes(config, model, max_model_len, DTYPE_BYTES[plan.dtype]))
@@ -127,16 +142,20 @@ def _auto_dtype(model: ModelConfig, device: str) -> str:
 
 def _check_for_gpu(plan: Plan) -> None:
     """`ConfigError` for what the kernels cannot do."""
+    if plan.config.max_num_seqs > MAX_GPU_SEQS:
+        raise ConfigError(
+            f"max_num_seqs={plan.config.max_num_seqs}: on a GPU it must be at most {MAX_GPU_SEQS}", "max_num_seqs"
+        )
     if plan.dtype == "float32":
         return  # plain torch
     if plan.config.block_size % GPU_BLOCK_STEP:
         raise ConfigError(
             f"block_size={plan.config.block_size}: on a GPU it must be a multiple of {GPU_BLOCK_STEP}", "block_size"
         )
-    if plan.model.head_dim > MAX_GPU_HEAD_DIM:
+    if plan.model.head_dim > GPU_HEAD_DIMS[-1]:
         raise ConfigError(
             f"the model's head_dim={plan.model.head_dim} is not supported on a GPU in {plan.dtype}: it must be at most "
-            f"{MAX_GPU_HEAD_DIM}; use dtype='float32' or device='cpu'",
+            f"{GPU_HEAD_DIMS[-1]}; use dtype='float32' or device='cpu'",
             "device",
         )
 

@@ -5,6 +5,7 @@ Runs in: driver. The one executor that brings torch into the driver, and therefo
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -66,9 +67,10 @@ class InlineExecutor:
         """There is no bus that anybody could look at."""
 
     def close(self) -> None:
-        """Drop the model."""
+        """Drop the model, whose memory torch then has for the next."""
         self._runner = None
         self._outputs.clear()
+        gc.collect()  # a GPU's runner and its graphs refer to each other
 
     def _open_runner(self) -> ModelRunner | GpuRunner:
         if self._runner is None:

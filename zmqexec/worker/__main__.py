@@ -43,6 +43,9 @@ WAIT_S = 60.0
 REPLY_TIMEOUT_S = 3600.0
 """A program may leave an engine alone for long before it takes the next result; if it dies, so do we."""
 
+LAST_WORDS_S = 10.0
+"""How long the output thread may take to hand over its last words."""
+
 PROGRESS_STEPS = 50
 
 
@@ -75,21 +78,31 @@ class Worker:
         self._step_id = -1
         self._runner: ModelRunner | GpuRunner | None = None
         self._outputs: OutputThread | None = None
+        self._is_failing = False
+        """The output thread has reported an error and is about to end the process."""
 
     def run(self) -> int:
         """Serve until the bus closes; the exit code. An exception is sent to the driver first."""
         try:
             self._serve()
         except BusClosed:
-            return 0
+            return self._left()
         except BaseException as error:
             if self._channel.closed:
-                return 0  # peers that saw it first have left in the middle of a collective, and nobody asks for more
+                return (
+                    self._left()
+                )  # peers that saw it first have left in the middle of a collective, and nobody asks for more
             traceback.print_exc()
             if self._outputs is not None:
                 self._outputs.stop()
             self._report(error)
             return 1
+        return 0
+
+    def _left(self) -> int:
+        """The exit code when the bus was closed. Where the output thread closed it, it is what ends this process."""
+        if self._is_failing and self._outputs is not None:
+            self._outputs.join(LAST_WORDS_S)
         return 0
 
     def _report(self, error: BaseException) -> None:
@@ -119,18 +132,24 @@ class Worker:
                     self._channel.reply(CacheReady(self._epoch), REPLY_TIMEOUT_S)
 
     def _step(self, step: StepInput) -> None:
-        self._step_id = step.step_id
-        phase = Phase.PREFILL if step.prefills else Phase.DECODE
-        self._set_phase(phase)
         runner = self._open_runner()
         if self._outputs is not None:
-            self._outputs.put(runner.submit(step))  # type: ignore[union-attr]
-            self._set_phase(phase)  # the other thread may just have called us idle
+
+            def launch() -> Pending:
+                self._begin(step)
+                return runner.submit(step)  # type: ignore[union-attr]
+
+            self._outputs.put(launch)
             return
+        self._begin(step)
         output = runner.run(step)
         if self._rank == 0:
             self._set_phase(Phase.REPLYING)
             self._channel.reply(output, REPLY_TIMEOUT_S)
+
+    def _begin(self, step: StepInput) -> None:
+        self._step_id = step.step_id
+        self._set_phase(Phase.PREFILL if step.prefills else Phase.DECODE)
 
     def _load(self, load: LoadModel) -> None:
         self._set_phase(Phase.LOADING)
@@ -184,7 +203,10 @@ class Worker:
                 arguments["collective_timeout_s"],
                 join_timeout_s=arguments["join_timeout_s"],
             )
-        self._outputs = OutputThread(self._deliver, self._fail_from_thread, lambda: self._set_phase(Phase.IDLE))
+        # A new thread's device is GPU 0: a call of CUDA there may make every other rank a second context.
+        self._outputs = OutputThread(
+            self._deliver, self._fail_from_thread, lambda: self._set_phase(Phase.IDLE), device.use
+        )
         return GpuRunner(load, collectives, device, on_phase=self._set_phase)
 
     def _deliver(self, pending: Pending) -> None:
@@ -195,10 +217,10 @@ class Worker:
     def _fail_from_thread(self, error: BaseException) -> None:
         """The main thread may be waiting for a step that will never come, or for the device: end here."""
         if not isinstance(error, BusClosed) and not self._channel.closed:
-            if isinstance(error, PeerMissing):
-                self._phase = Phase.COLLECTIVE  # the peer's own news, if there is any, says more
             traceback.print_exception(error)
             self._report(error)
+            self._is_failing = True  # the main thread shall not end the process first
+            self._channel.close()  # over ZeroMQ the last words may still be on their way
             sys.stderr.flush()
             os._exit(1)
 
@@ -215,4 +237,6 @@ class Worker:
         text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
         text = text.encode(errors="backslashreplace").decode()  # the name of a file may be no UTF-8
         info = ErrorInfo(type(error).__name__, text, error.param if isinstance(error, UserError) else None)
-        return Failure(self._epoch, self._step_id, self._phase.name, info)
+        # Where a peer is missing, its own news, if there is any, says more.
+        phase = Phase.COLLECTIVE if isinstance(error, PeerMissing) else self._phase
+        return Failure(self._epoch, self._step_id, phase.name, info)

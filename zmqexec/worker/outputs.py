@@ -28,9 +28,9 @@ class Pending(Protocol):
 
 
 class OutputThread:
-    """Calls `deliver` for every step put in, in order, and `on_idle` when that was the last one.
+    """Calls `on_start`, then `deliver` for every step put in, in order, and `on_idle` when that was the last one.
 
-    The first exception goes to `on_error` and ends the thread.
+    `on_idle` is never called while a step is launched. The first exception goes to `on_error` and ends the thread.
     """
 
     def __init__(
@@ -38,10 +38,13 @@ class OutputThread:
         deliver: Callable[[Pending], None],
         on_error: Callable[[BaseException], None],
         on_idle: Callable[[], None] = lambda: None,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._deliver = deliver
         self._on_error = on_error
         self._on_idle = on_idle
+        self._on_start = on_start
+        self._lock = threading.Lock()
         self._steps: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._num_put = self._num_delivered = 0
         self._thread = threading.Thread(target=self._run, name="zmqexec-outputs", daemon=True)
@@ -49,25 +52,32 @@ class OutputThread:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a step has not been delivered yet."""
+        """Whether a step is being launched or has not been delivered yet."""
         return self._num_put > self._num_delivered
 
-    def put(self, pending: Pending) -> None:
-        """Hand over a step. Never waits."""
-        self._num_put += 1
-        self._steps.put(pending)
+    def put(self, launch: Callable[[], Pending]) -> None:
+        """Launch a step, here, and hand it over."""
+        with self._lock:
+            self._num_put += 1
+        self._steps.put(launch())
 
     def stop(self) -> None:
         """Deliver what was put in, then end; waits for that at most `STOP_TIMEOUT_S`."""
         self._steps.put(None)
-        self._thread.join(STOP_TIMEOUT_S)
+        self.join(STOP_TIMEOUT_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread has ended, at most `timeout_s`."""
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:
+            self._on_start()
             while (pending := self._steps.get()) is not None:
                 self._deliver(pending)
-                self._num_delivered += 1
-                if not self.is_busy:
-                    self._on_idle()
+                with self._lock:
+                    self._num_delivered += 1
+                    if not self.is_busy:
+                        self._on_idle()
         except BaseException as error:
             self._on_error(error)

@@ -31,6 +31,9 @@ class EmulatedDevice:
     def __init__(self) -> None:
         self.native = cuda_emulator.load()
 
+    def use(self) -> None:
+        pass
+
     def stream(self) -> int:
         return 0
 

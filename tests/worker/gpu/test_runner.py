@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,10 @@ import torch
 from tests.checkpoints import VARIANTS, greedy, make_checkpoint, random_prompts
 from tests.worker.gpu.emulation import NUM_BLOCKS, EmulatedDevice, make_gpu_runner
 from tests.worker.step_driver import StepDriver, ThreadCollectives
+from zmqexec.config import EngineConfig
+from zmqexec.executor.inline import InlineExecutor
 from zmqexec.protocol import Admission, Sampling, StepInput, pack, unpack
+from zmqexec.worker.outputs import PeerMissing
 
 NUM_TOKENS = 8
 BLOCK_SIZE = 16
@@ -81,6 +85,30 @@ def test_plain_greedy_tokens_are_those_of_transformers(truth, device, tp_size):
         driver.admit(slot, prompt)
     outputs = driver.generate(NUM_TOKENS)
     assert [outputs[slot] for slot in range(len(truth.prompts))] == [expected.tokens for expected in truth.expected]
+
+
+def test_ranks_with_unequal_shards_take_the_same_kernels(tmp_path):
+    make_checkpoint(
+        tmp_path, **LARGER["heads-of-64"], intermediate_size=49
+    )  # 25 and 24: `skinny_gemm` takes multiples of 8
+    with ThreadPoolExecutor(2) as pool:
+        members = ThreadCollectives.group(2)
+        runners = list(pool.map(lambda member: make_gpu_runner(tmp_path, member, dtype="bfloat16"), members))
+    row = torch.zeros(1, 128, dtype=torch.bfloat16)
+    assert {runner._model._is_skinny(row) for runner in runners} == {False}
+
+
+def test_an_error_of_sampling_without_a_peer_is_the_peers(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    runner = make_gpu_runner(tmp_path)
+    monkeypatch.setattr(runner._host_sampler, "sample", lambda *_: [][0])
+    admission = Admission(0, pack([1, 2]), 2, 0, pack([0]), Sampling(logprobs=1))
+    step = StepInput(1, 0, prefills=pack([0, 2]), admitted=[admission])
+    with pytest.raises(IndexError):
+        runner.submit(step)
+    monkeypatch.setattr(runner._collectives, "health", lambda: "rank 1 did not join")
+    with pytest.raises(PeerMissing, match="rank 1"):
+        runner.submit(step)
 
 
 def test_chunks_beside_running_decodes_give_the_same_tokens(truth, device):
@@ -168,3 +196,38 @@ def test_steps_launched_ahead_of_their_results_give_the_same_tokens(truth, devic
             tokens += unpack(pending.popleft().result().token_ids)
     tokens += unpack(pending.popleft().result().token_ids)
     assert tokens == expected.tokens
+
+
+def test_new_blocks_may_come_beside_the_admission_and_several_at_a_time(truth, device):
+    runner = driver_of(truth, device).runners[0]
+    prompt, expected = truth.prompts[4], truth.expected[4]
+    admission = Admission(3, pack(prompt), len(prompt), 0, pack([9]))
+    first = StepInput(1, 0, prefills=pack([3, len(prompt)]), admitted=[admission], new_blocks=pack([3, 7, 3, 2, 3, 11]))
+    later = [StepInput(1, number, decodes=b"\10") for number in range(1, NUM_TOKENS)]
+    tokens = [token for step in [first, *later] for token in unpack(runner.run(step).token_ids)]
+    assert tokens == expected.tokens
+
+
+def test_many_prompts_behind_one_cached_prefix_give_the_same_tokens_in_bounded_memory(truth, device):
+    if truth.model.config.rope_parameters["rope_type"] == "dynamic":
+        pytest.skip("prompts beyond the model's own length share no cache")
+    driver = driver_of(truth, device, max_model_len=80, max_num_batched_tokens=16)
+    prompt, expected = truth.prompts[5], truth.expected[5]
+    driver.admit(0, prompt)
+    driver.step({0: len(prompt)}, [])
+    for slot, num_shared in enumerate([4, 2, 4], start=1):  # 70 tokens each: two do not fit 80 together
+        driver.admit_with_prefix(slot, prompt, 0, num_shared)
+    driver.step({slot: len(prompt) - driver.computed[slot] for slot in (1, 2, 3)}, [0])
+    assert [driver.tokens[slot][len(prompt) :] for slot in range(4)] == [
+        expected.tokens[:2],
+        *[expected.tokens[:1]] * 3,
+    ]
+
+
+def test_a_closed_inline_engine_holds_no_memory_of_its_gpu(tmp_path):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    executor = InlineExecutor(EngineConfig())
+    executor._runner = make_gpu_runner(tmp_path)
+    cache = weakref.ref(executor._runner._cache[0])
+    executor.close()
+    assert cache() is None

@@ -3,12 +3,14 @@
 Runs in: worker.
 
 Prefills use torch's variable-length flash attention over contiguous keys: of the chunk itself, or, where a prefix is
-cached, gathered from the cache's pages (some 2 % of the attention's time). float32 is for truth, not for speed: one
-call of `scaled_dot_product_attention` per sequence.
+cached, gathered from the cache's pages (some 2 % of the attention's time). Chunks are attended in groups, so that a
+short rest of many prompts behind one long prefix does not gather that prefix for all of them at a time. float32 is for
+truth, not for speed: one call of `scaled_dot_product_attention` per sequence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,7 @@ from zmqexec.worker.kernels import reference
 
 @dataclass(frozen=True)
 class Contexts:
-    """The prefills of a step: chunk i has query tokens [starts[i], starts[i + 1]) of the step.
+    """Prefills of a step that are attended together: chunk i has query tokens [cu_query[i], cu_query[i + 1]) of them.
 
     num_tokens    of all chunks
     query_lens    tokens of each chunk, on the host
@@ -36,6 +38,20 @@ class Contexts:
     cu_context: torch.Tensor
     blocks: torch.Tensor | None
     offsets: torch.Tensor | None
+
+
+def groups_of(context_lens: Sequence[int], most: int) -> list[range]:
+    """Consecutive chunks in groups whose contexts have at most `most` tokens together; a longer one is alone."""
+    groups: list[range] = []
+    total = 0
+    for index, length in enumerate(context_lens):
+        total += length
+        if groups and total <= most:
+            groups[-1] = range(groups[-1].start, index + 1)
+        else:
+            groups.append(range(index, index + 1))
+            total = length
+    return groups
 
 
 def attend_prefills(

@@ -13,6 +13,9 @@ import torch
 
 from zmqexec.errors import ConfigError
 
+MIN_CAPABILITY = 8
+"""The oldest GPUs that setup.py compiles for."""
+
 
 class Event(Protocol):
     """Something that happened on the device."""
@@ -39,6 +42,9 @@ class Device(Protocol):
     native: ModuleType
     is_cuda: bool
     num_sms: int
+
+    def use(self) -> None:
+        """Make it the calling thread's device, as it is that of the thread that opened it."""
 
     def stream(self) -> int:
         """The current stream, as the kernels take it."""
@@ -68,7 +74,7 @@ class CudaDevice:
     is_cuda = True
 
     def __init__(self, index: int) -> None:
-        """ConfigError: torch or our extension was built without CUDA."""
+        """ConfigError: torch or our extension was built without CUDA, or the GPU is too old for our kernels."""
         if torch.version.cuda is None:
             raise ConfigError(
                 f"device='cuda' needs a torch with CUDA, and torch {torch.__version__} has none; install another build "
@@ -85,8 +91,18 @@ class CudaDevice:
             ) from None
         self.native: ModuleType = _cuda
         self.torch_device = torch.device("cuda", index)
-        torch.cuda.set_device(self.torch_device)
+        self.use()
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < MIN_CAPABILITY:
+            raise ConfigError(
+                f"device='cuda': GPU {index}, {torch.cuda.get_device_name(index)}, has compute capability "
+                f"{major}.{minor}, and the kernels need {MIN_CAPABILITY}.0; use another GPU, or device='cpu'",
+                "device",
+            )
         self.num_sms = torch.cuda.get_device_properties(index).multi_processor_count
+
+    def use(self) -> None:
+        torch.cuda.set_device(self.torch_device)
 
     def stream(self) -> int:
         return int(torch.cuda.current_stream().cuda_stream)

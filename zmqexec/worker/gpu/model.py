@@ -8,6 +8,8 @@ fused into it: five kernels a layer. Larger ones use cuBLAS, and prefills torch'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import linear
 
@@ -43,6 +45,8 @@ class GpuLlama:
         self._head_dim = head_dim
         self._num_heads = len(sharding.heads)
         self._num_kv_heads = len(sharding.kv_heads)
+        tp_size = collectives.tp_size
+        self._inner_sizes = {len(Sharding(config, rank, tp_size).intermediate) for rank in range(tp_size)}
         self._scale = config.head_dim**-0.5
         self._held = sharding.vocab
         self._weights = weights
@@ -66,14 +70,14 @@ class GpuLlama:
         return pad_angles(table, self._head_dim).to(self._weights.norm.device)
 
     def forward(
-        self, token_ids: torch.Tensor, places: Places, cache: list[torch.Tensor], contexts: Contexts | None
+        self, token_ids: torch.Tensor, places: Places, cache: list[torch.Tensor], contexts: Sequence[Contexts]
     ) -> torch.Tensor:
         """Compute the tokens, leave their keys and values in `cache`; [num_tokens, hidden] before the last norm.
 
         Tokens of `contexts` (prefills) come first, then one of each row that `decode_attention` has planned.
         """
         hidden = self._embed(token_ids)
-        if contexts is None and self._is_skinny(hidden):
+        if not contexts and self._is_skinny(hidden):
             return self._forward_skinny(hidden, places, cache)
         partial: torch.Tensor | None = None
         for layer, layer_cache in zip(self._weights.layers, cache, strict=True):
@@ -109,15 +113,15 @@ class GpuLlama:
         return logits
 
     def _is_skinny(self, hidden: torch.Tensor) -> bool:
-        """Whether all products of these rows go through `skinny_gemm`."""
-        if len(hidden) > SKINNY_ROWS:
+        """Whether all products of these rows go through `skinny_gemm`, on every rank: all call the same collectives."""
+        num_rows, width = hidden.shape
+        if num_rows > SKINNY_ROWS:
             return False
         weights = self._weights
         layer = weights.layers[0]
-        return layer.gate_up.shape[0] % 8 == 0 and all(
-            supported(len(hidden), weight.shape[0], weight.shape[1], hidden.dtype)
-            for weight in (layer.qkv, layer.o, layer.gate_up, layer.down, weights.lm_head)
-        )
+        shapes = [(weight.shape[0], weight.shape[1]) for weight in (layer.qkv, layer.o, weights.lm_head)]
+        shapes += [shape for inner in self._inner_sizes for shape in ((2 * inner, width), (width, inner))]
+        return all(supported(num_rows, rows, columns, hidden.dtype) for rows, columns in shapes)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden]; each token's row is on one rank and zero on the others, so the sum is exact."""
@@ -145,17 +149,19 @@ class GpuLlama:
         normed: torch.Tensor,
         places: Places,
         cache: torch.Tensor,
-        contexts: Contexts | None,
+        contexts: Sequence[Contexts],
     ) -> torch.Tensor:
         num_heads = self._num_heads
         qkv = linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
         self._ops.rope_write_kv_(qkv, num_heads, cache, places)
         attended = torch.empty_like(qkv[:, :num_heads], memory_format=torch.contiguous_format)
-        num_prefill = contexts.num_tokens if contexts else 0
-        if contexts:
-            attend_prefills(attended[:num_prefill], qkv[:num_prefill], num_heads, cache, contexts, self._scale)
-        if num_prefill < len(normed):
-            self._decode_attention.attend(attended[num_prefill:], qkv[num_prefill:, :num_heads], cache, self._scale)
+        begin = 0
+        for group in contexts:
+            end = begin + group.num_tokens
+            attend_prefills(attended[begin:end], qkv[begin:end], num_heads, cache, group, self._scale)
+            begin = end
+        if begin < len(normed):
+            self._decode_attention.attend(attended[begin:], qkv[begin:, :num_heads], cache, self._scale)
         return attended.view(len(normed), -1)
 
     def _forward_skinny(self, hidden: torch.Tensor, places: Places, cache: list[torch.Tensor]) -> torch.Tensor:

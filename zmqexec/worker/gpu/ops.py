@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from zmqexec.model_config import GPU_HEAD_DIMS
 from zmqexec.worker.gpu.device import Device
 from zmqexec.worker.kernels import skinny_gemm
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, begin_decode
-from zmqexec.worker.kernels.paged_attention import HEAD_DIMS, AttentionWorkspace
+from zmqexec.worker.kernels.paged_attention import AttentionWorkspace
 from zmqexec.worker.kernels.reference import padded_decode_attention
 
 ATTENTION_VARIANT = 2
@@ -52,7 +53,7 @@ class DecodeAttention:
         self._workspace: AttentionWorkspace | None = None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         max_rows = state.num_known.numel()
-        if dtype != torch.float32 and head_dim in HEAD_DIMS and state.block_size % 16 == 0:
+        if dtype != torch.float32 and head_dim in GPU_HEAD_DIMS and state.block_size % 16 == 0:
             variant = ATTENTION_VARIANT if head_dim == 128 else 0
             grid = device.native.attention_grid(head_dim, variant)[0]
             self._workspace = AttentionWorkspace(
@@ -87,7 +88,12 @@ class DecodeAttention:
         else:
             assert self._rows is not None
             slots, lens = self._rows
-            out.copy_(padded_decode_attention(query, cache, tables[slots.long()], lens, scale))
+            # As many rows at a time as gather what one of the longest possible does.
+            at_once = max(1, self._state.token_ids.shape[1] // max(1, int(lens.max())))
+            for begin in range(0, len(out), at_once):
+                part = slice(begin, begin + at_once)
+                part_tables = tables[slots[part].long()]
+                out[part] = padded_decode_attention(query[part], cache, part_tables, lens[part], scale)
 
 
 class Ops:

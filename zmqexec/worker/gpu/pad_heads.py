@@ -10,13 +10,7 @@ import dataclasses
 
 import torch
 
-from zmqexec.worker.kernels.paged_attention import HEAD_DIMS
 from zmqexec.worker.models.weights import LayerWeights, LlamaWeights
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The smallest size that the kernel has; `head_dim` itself where it has none so large."""
-    return next((size for size in HEAD_DIMS if size >= head_dim), head_dim)
 
 
 def pad_weights(weights: LlamaWeights, head_dim: int, padded: int) -> LlamaWeights:

@@ -23,10 +23,10 @@ import torch
 
 from zmqexec.bus.status import Phase
 from zmqexec.errors import InternalError
-from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config
+from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config, padded_head_dim
 from zmqexec.protocol import LoadModel, StepInput, StepOutput
-from zmqexec.worker.batch import Batch, Rows
-from zmqexec.worker.gpu.attention import Contexts
+from zmqexec.worker.batch import Batch, Prefill, Rows
+from zmqexec.worker.gpu.attention import Contexts, groups_of
 from zmqexec.worker.gpu.collectives import GpuCollectives
 from zmqexec.worker.gpu.device import Device, Event
 from zmqexec.worker.gpu.graphs import DecodeGraphs, ladder
@@ -34,11 +34,12 @@ from zmqexec.worker.gpu.host_sampling import HostCollectives, HostLogits
 from zmqexec.worker.gpu.memory import free_bytes_for_cache, out_of_memory
 from zmqexec.worker.gpu.model import SKINNY_ROWS, GpuLlama
 from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places
-from zmqexec.worker.gpu.pad_heads import pad_weights, padded_head_dim
+from zmqexec.worker.gpu.pad_heads import pad_weights
 from zmqexec.worker.gpu.sampler import DeviceSampler
 from zmqexec.worker.gpu.staging import Staging
 from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
+from zmqexec.worker.logprobs import POSITIONS_AT_ONCE
 from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
 from zmqexec.worker.outputs import PeerMissing
 from zmqexec.worker.sampler import Sampled, Sampler
@@ -146,9 +147,12 @@ class GpuRunner:
                 self._decode_attention,
                 self._head_dim,
             )
-            free_bytes = free_bytes_for_cache(device, self._load.config, self._measure)
-            # The driver counts blocks of heads that are not padded.
-            return free_bytes * config.head_dim // self._head_dim
+            self._logits = torch.zeros(
+                (self._load.config.max_num_seqs, self._model.vocab_rows),
+                dtype=torch.float32,
+                device=device.torch_device,
+            )
+            return free_bytes_for_cache(device, self._load.config, self._measure)
 
     def _make_state(self) -> None:
         engine, device, sharding = self._load.config, self._device, self._sharding
@@ -168,7 +172,8 @@ class GpuRunner:
         )
 
     def _measure(self) -> None:
-        """The step that needs the most memory: all the tokens a step may have, and a sample of every slot."""
+        """The step that needs the most memory: all the tokens a step may have, the most cached ones that are gathered
+        at a time, and a sample of every slot or a prompt's log-probabilities."""
         assert self._model is not None
         engine, device = self._load.config, self._device.torch_device
         num_tokens = engine.max_num_batched_tokens
@@ -178,11 +183,16 @@ class GpuRunner:
         ]
         zeros = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         places = Places(torch.full_like(zeros, -1), zeros, self._model.cos, self._model.sin)
-        sums = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device)
+        context_lens = lens if len(lens) > 1 else [self._load.max_model_len]
+        sums, context_sums = (
+            torch.tensor([0, *np.cumsum(each)], dtype=torch.int32, device=device) for each in (lens, context_lens)
+        )
+        blocks = torch.zeros(sum(context_lens), dtype=torch.int64, device=device)
         shape = (1, 2, len(self._sharding.kv_heads), engine.block_size, self._head_dim)
         cache = [torch.empty(shape, dtype=self._dtype, device=device)] * self._config.num_layers
-        hidden = self._model.forward(zeros, places, cache, Contexts(num_tokens, lens, lens, sums, sums, None, None))
-        self._model.logits(hidden[: engine.max_num_seqs])
+        contexts = Contexts(num_tokens, lens, context_lens, sums, context_sums, blocks, blocks)
+        hidden = self._model.forward(zeros, places, cache, [contexts])
+        self._sampler.whole(self._model.logits(hidden[: max(engine.max_num_seqs, POSITIONS_AT_ONCE)]))
 
     def init_cache(self, num_blocks: int) -> None:
         """Allocate a KV cache of `num_blocks` blocks and capture the graphs. `ConfigError`: out of memory."""
@@ -195,9 +205,6 @@ class GpuRunner:
                     torch.empty(shape, dtype=self._dtype, device=device.torch_device) for _ in range(config.num_layers)
                 ]
             self._batch = Batch(engine.max_num_seqs, self._load.max_model_len, engine.block_size, num_blocks)
-            self._logits = torch.zeros(
-                (engine.max_num_seqs, self._model.vocab_rows), dtype=torch.float32, device=device.torch_device
-            )
             self._host_sampled = np.zeros(engine.max_num_seqs, np.bool_)
             with out_of_memory(device, "capturing CUDA graphs"):
                 self._capture()
@@ -222,13 +229,22 @@ class GpuRunner:
         return self.submit(step).result()
 
     def submit(self, step: StepInput) -> Pending:
-        """Launch one step. `InternalError` where it does not fit the steps before it."""
+        """Launch one step. `InternalError` where it does not fit those before it; PeerMissing as `Pending.result`."""
         if self._model is None or self._batch is None:
             raise InternalError("a step came before load and init_cache")
+        try:
+            return self._submit(step)
+        except Exception as error:
+            # The host's sampler may have choked on what a sum without that peer left.
+            if problem := self._collectives.health():
+                raise PeerMissing(problem) from error
+            raise
+
+    def _submit(self, step: StepInput) -> Pending:
+        assert self._batch is not None
         with torch.inference_mode():
-            updates = self._updates_before(step)
             chunks, decodes = self._batch.take_in(step)
-            updates = self._updates(step, updates)
+            updates = self._updates(step)
             for admission in step.admitted:
                 self._host_sampled[admission.slot] = self._sampler.admit(admission.slot, admission.sampling)
             host_sampled = bool(self._host_sampled[decodes].any()) or bool(self._host_sampled[chunks[:, 0]].any())
@@ -237,23 +253,22 @@ class GpuRunner:
                 return self._decode(step, decodes, updates)
             return self._mixed(step, self._batch.rows(chunks, decodes), updates, host_sampled)
 
-    def _updates_before(self, step: StepInput) -> Int32Array:
-        """(slot, index, block) of every new block, from the block counts before the step."""
+    def _new_blocks(self, step: StepInput) -> Int32Array:
+        """(slot, index, block) of every new block of a step that the batch has taken in."""
         assert self._batch is not None
         if not step.new_blocks:
             return np.empty((0, 3), np.int32)
         pairs = np.frombuffer(step.new_blocks, "<i4").reshape(-1, 2)
         slots = pairs[:, 0]
-        if len(slots) and not (slots.min() >= 0 and slots.max() < self._load.config.max_num_seqs):
-            return np.empty((0, 3), np.int32)  # take_in refuses the step
         order = np.argsort(slots, kind="stable")
-        first = np.searchsorted(slots[order], slots[order])  # where each slot's run begins
-        index = np.empty(len(slots), np.int32)
-        index[order] = np.arange(len(slots)) - first
-        return np.stack([slots, self._batch.num_blocks[slots] + index, pairs[:, 1]], axis=1).astype(np.int32)
+        end = np.searchsorted(slots[order], slots[order], side="right")  # of each slot's run
+        index = self._batch.num_blocks[slots]
+        index[order] -= end - np.arange(len(slots))
+        return np.stack([slots, index, pairs[:, 1]], axis=1).astype(np.int32)
 
-    def _updates(self, step: StepInput, new_blocks: Int32Array) -> Int32Array:
-        """What the device must learn: admitted sequences, whole, and new blocks of the others."""
+    def _updates(self, step: StepInput) -> Int32Array:
+        """What the device must learn: lengths and blocks of admitted sequences, and new blocks."""
+        new_blocks = self._new_blocks(step)
         if not step.admitted:
             return new_blocks
         parts = []
@@ -294,7 +309,7 @@ class GpuRunner:
         self._ops.begin_decode(self._step_buffer, len(self._rows), self._state, rows)
         self._decode_attention.plan(rows.row_slots, rows.context_lens)
         places = Places(rows.slot_mapping, rows.positions, self._model.cos, self._model.sin)
-        hidden = self._model.forward(rows.input_ids, places, self._cache, None)
+        hidden = self._model.forward(rows.input_ids, places, self._cache, [])
         # Graphs of all sizes leave their logits in one place: a step's are consumed before the next step is launched.
         return self._model.logits(hidden, self._logits[:num_rows])
 
@@ -353,26 +368,30 @@ class GpuRunner:
             places = Places(slot_mapping, numbers, *own_angles)
         return self._model.forward(token_ids, places, self._cache, self._contexts(rows))
 
-    def _contexts(self, rows: Rows) -> Contexts | None:
-        if not rows.prefills:
-            return None
-        query_lens = [prefill.stop - prefill.start for prefill in rows.prefills]
-        if all(prefill.start == 0 for prefill in rows.prefills):
+    def _contexts(self, rows: Rows) -> list[Contexts]:
+        """The step's prefills, in order, in groups of bounded memory."""
+        most = max(self._load.max_model_len, self._load.config.max_num_batched_tokens)
+        groups = groups_of([prefill.stop for prefill in rows.prefills], most)
+        return [self._group(rows, rows.prefills[group.start : group.stop]) for group in groups]
+
+    def _group(self, rows: Rows, prefills: list[Prefill]) -> Contexts:
+        query_lens = [prefill.stop - prefill.start for prefill in prefills]
+        if all(prefill.start == 0 for prefill in prefills):
             (sums,) = self._to_device(np.cumsum([0, *query_lens]))
-            return Contexts(rows.num_prefill_tokens, query_lens, query_lens, sums, sums, None, None)
-        context_lens = [prefill.stop for prefill in rows.prefills]
+            return Contexts(sum(query_lens), query_lens, query_lens, sums, sums, None, None)
+        context_lens = [prefill.stop for prefill in prefills]
         cache_rows = [
             rows.slot_mapping[prefill.row : prefill.row + prefill.stop]
             if prefill.context_rows is None
             else prefill.context_rows
-            for prefill in rows.prefills
+            for prefill in prefills
         ]
         blocks, offsets = np.divmod(torch.cat(cache_rows).numpy(), self._state.block_size)
         sums, context_sums, blocks32, offsets32 = self._to_device(
             np.cumsum([0, *query_lens]), np.cumsum([0, *context_lens]), blocks, offsets
         )
         return Contexts(
-            rows.num_prefill_tokens, query_lens, context_lens, sums, context_sums, blocks32.long(), offsets32.long()
+            sum(query_lens), query_lens, context_lens, sums, context_sums, blocks32.long(), offsets32.long()
         )
 
     def _update(self, updates: Int32Array) -> None:

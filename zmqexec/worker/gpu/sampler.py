@@ -68,11 +68,16 @@ class DeviceSampler:
         if self.is_greedy(slots):
             return self.greedy(logits)
         out = self._out[: len(slots)]
-        if self._collectives.tp_size > 1:
-            logits = self._collectives.all_gather(logits.contiguous()).transpose(0, 1).flatten(1)
+        logits = self.whole(logits)
         count = len(out)
         sample(out, logits[:, : self._vocab_size], self._params, row_slots[:count], known[:count], pdl=self._ops.pdl)
         return out
+
+    def whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """[num_rows, >= vocab_size] from every rank's columns."""
+        if self._collectives.tp_size == 1:
+            return logits
+        return self._collectives.all_gather(logits.contiguous()).transpose(0, 1).flatten(1)
 
     def is_greedy(self, slots: IntArray) -> bool:
         """Whether `greedy` is all that these slots need."""

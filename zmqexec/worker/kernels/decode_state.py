@@ -28,7 +28,8 @@ UPDATE_INTS = 3
 class SlotState:
     """What the device knows of every slot. The three tensors are allocated once; graphs hold their addresses.
 
-    token_ids     [num_slots, max_model_len + 1]  int32; [0, num_known) are known
+    token_ids     [num_slots, max_model_len + 1]  int32; those of [0, num_known) that were sampled here. A decode reads
+                                                  the last of them; what the sequence was admitted with is not needed
     num_known     [num_slots]                     int32
     block_tables  [num_slots, max_blocks]         int32
     """

@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 
 from zmqexec.errors import InternalError
+from zmqexec.model_config import GPU_HEAD_DIMS
 from zmqexec.worker.kernels import native
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
 MIN_SPLIT_TILES = 4
 """Tiles of 16 tokens: two per warp. What a smaller part of a split context would save, merging the parts would cost."""
 
@@ -49,7 +49,7 @@ class AttentionWorkspace:
         num_blocks: int | None = None,
         module: ModuleType | None = None,
     ) -> None:
-        if num_heads % num_kv_heads != 0 or head_dim not in HEAD_DIMS:
+        if num_heads % num_kv_heads != 0 or head_dim not in GPU_HEAD_DIMS:
             raise InternalError(f"no paged attention for {num_heads} heads, {num_kv_heads} KV heads of {head_dim}")
         self._module = native.module_of(device) if module is None else module
         if num_blocks is None:
