@@ -82,6 +82,7 @@ static void write_one(uint64_t length)
         check_error(result, &why);
     }
     CHECK(spoilt || result == (has_room ? BUS_OK : BUS_AGAIN));
+    CHECK(writer.position - writer.free_from <= writer.ring.num_slots); /* else a draft would reach past the ring */
     CHECK(!has_room || result != BUS_AGAIN); /* whoever waits for room would wait and try for ever */
 }
 
