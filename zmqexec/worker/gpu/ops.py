@@ -121,7 +121,14 @@ class Ops:
         begin_decode(step, max_rows, state, rows, pdl=self.pdl)
 
     def append(
-        self, state: SlotState, slots: torch.Tensor, known: torch.Tensor, sampled: torch.Tensor, out: torch.Tensor
+        self,
+        state: SlotState,
+        slots: torch.Tensor,
+        known: torch.Tensor,
+        sampled: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        pdl: bool = False,
     ) -> None:
         """Append `sampled` to the sequences of `slots`, and copy it to `out`.
 
@@ -137,7 +144,7 @@ class Ops:
             state.token_ids.shape[1],
             out.data_ptr(),
             self._device.stream(),
-            self.pdl,
+            pdl,
         )
 
     def gather_embedding(self, table: torch.Tensor, token_ids: torch.Tensor, first: int, count: int) -> torch.Tensor:

@@ -316,7 +316,8 @@ class GpuRunner:
     def _decode_greedily(self, num_rows: int) -> torch.Tensor:
         """`_decode_forward`, then the likeliest tokens, appended to their sequences."""
         sampled = self._sampler.greedy(self._decode_forward(num_rows))
-        self._ops.append(self._state, self._rows.row_slots, self._rows.context_lens, sampled, self._out)
+        rows, pdl = self._rows, self._ops.pdl
+        self._ops.append(self._state, rows.row_slots, rows.context_lens, sampled, self._out, pdl=pdl)
         return sampled
 
     def _mixed(self, step: StepInput, rows: Rows, updates: Int32Array, host_sampled: bool) -> Pending:

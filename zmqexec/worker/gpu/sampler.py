@@ -70,7 +70,9 @@ class DeviceSampler:
         out = self._out[: len(slots)]
         logits = self.whole(logits)
         count = len(out)
-        sample(out, logits[:, : self._vocab_size], self._params, row_slots[:count], known[:count], pdl=self._ops.pdl)
+        sample(
+            out, logits[:, : self._vocab_size], self._params, row_slots[:count], known[:count]
+        )  # no early start: a graph precedes it
         return out
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
