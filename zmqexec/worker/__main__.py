@@ -89,9 +89,8 @@ class Worker:
             return self._left()
         except BaseException as error:
             if self._channel.closed:
-                return (
-                    self._left()
-                )  # peers that saw it first have left in the middle of a collective, and nobody asks for more
+                # Peers that saw it first have left in the middle of a collective, and nobody asks for more.
+                return self._left()
             traceback.print_exc()
             if self._outputs is not None:
                 self._outputs.stop()

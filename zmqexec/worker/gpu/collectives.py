@@ -9,20 +9,12 @@ from typing import Protocol
 
 import torch
 
+from zmqexec.worker.collectives import Collectives, LocalCollectives
 
-class GpuCollectives(Protocol):
-    """A group of `tp_size` ranks, seen from `rank`. Everything is launched on torch's current stream."""
 
-    rank: int
-    tp_size: int
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, bit-identical on each; `tensor` may be overwritten and returned."""
-        ...
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Every rank's `tensor`, stacked in rank order: [tp_size, *tensor.shape]."""
-        ...
+class GpuCollectives(Collectives, Protocol):
+    """What `Collectives` has, launched on torch's current stream, and sums with what follows them. `close` never waits
+    for a peer."""
 
     def all_reduce_residual_(self, hidden: torch.Tensor, partial: torch.Tensor) -> None:
         """hidden += the sum of the ranks' `partial`, rounded once. Both [num_rows, hidden]."""
@@ -35,25 +27,12 @@ class GpuCollectives(Protocol):
         ...
 
     def health(self) -> str | None:
-        """What went wrong on the device, if a rank gave up on a peer; costs a read of host memory."""
-        ...
-
-    def close(self) -> None:
-        """Leave the group. Never waits for a peer."""
+        """What went wrong on the device, if a rank gave up on a peer."""
         ...
 
 
-class LocalGpuCollectives:
+class LocalGpuCollectives(LocalCollectives):
     """The group of one rank."""
-
-    rank = 0
-    tp_size = 1
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unsqueeze(0)
 
     def all_reduce_residual_(self, hidden: torch.Tensor, partial: torch.Tensor) -> None:
         hidden += partial
@@ -65,6 +44,3 @@ class LocalGpuCollectives:
 
     def health(self) -> str | None:
         return None
-
-    def close(self) -> None:
-        pass

@@ -5,8 +5,6 @@ Runs in: worker.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from zmqexec.worker.collectives import Collectives
@@ -23,17 +21,10 @@ class HostLogits:
         return self._inner.logits(hidden).cpu()
 
 
-class _DeviceCollectives(Protocol):
-    rank: int
-    tp_size: int
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor: ...
-
-
 class HostCollectives(Collectives):
     """Collectives of host tensors, by way of the device."""
 
-    def __init__(self, inner: _DeviceCollectives, device: torch.device) -> None:
+    def __init__(self, inner: Collectives, device: torch.device) -> None:
         self.rank = inner.rank
         self.tp_size = inner.tp_size
         self._inner = inner

@@ -15,7 +15,7 @@ from zmqexec.errors import ConfigError
 from zmqexec.worker.gpu.device import Device
 
 GRAPH_BYTES = 512 << 20
-"""Kept for CUDA graphs and for what libraries allocate on their own; on one H100 the graphs of a 7B model took less."""
+"""Kept for CUDA graphs and for what libraries allocate on their own: an estimate, which nobody has measured yet."""
 
 
 def free_bytes_for_cache(device: Device, config: EngineConfig, measure: Callable[[], None]) -> int:
