@@ -17,7 +17,7 @@ from zmqexec.worker.kernels.paged_attention import AttentionWorkspace
 from zmqexec.worker.kernels.reference import padded_decode_attention
 
 ATTENTION_VARIANT = 2
-"""Of heads of 128: blocks of 8 warps. On an H100, 7B, ms a step with 8 warps and with 4: 4.68 and 4.75 for one sequence,
+"""Of heads of 128: blocks of 8 warps. On an H100, 7B, ms a step with 8 warps and with 4: 4.68 and 4.75 for 1 sequence,
 5.29 and 5.22 for 8, 8.83 and 8.82 for 32."""
 
 
