@@ -24,6 +24,21 @@ def wait_for(condition: Callable[[], T], timeout_s: float, what: str) -> T:
         time.sleep(0.01)
 
 
+def own_descriptors() -> set[str]:
+    """What this process has open: each descriptor with what is behind it."""
+    return {f"{fd.name} {fd.readlink()}" for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
+
+
+def own_threads() -> set[str]:
+    """The kernel's ids of this process's threads."""
+    return {task.name for task in Path("/proc/self/task").iterdir()}
+
+
+def wait_for_threads_to_end(before: set[str], timeout_s: float = 5) -> None:
+    """No threads but those `before`; the kernel lists one for a moment after it was joined."""
+    wait_for(lambda: own_threads() <= before, timeout_s, "the end of every thread started since")
+
+
 def roles(root: psutil.Process) -> dict[str, psutil.Process]:
     """The processes of the engine below `root`: "driver", "worker 0", "worker 1", ..."""
     found = {}

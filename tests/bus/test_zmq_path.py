@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.procs import own_descriptors, own_threads, wait_for_threads_to_end
 from zmqexec.bus import ring, zmq_path
 from zmqexec.bus.link import Inbox, Outbox
 from zmqexec.errors import BusClosed, BusError, BusTimeout, ProtocolError
@@ -41,14 +42,6 @@ def make_ends(stack):
     return make
 
 
-def open_fds() -> set[str]:
-    return {f"{fd.name} {fd.readlink()}" for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
-
-
-def threads() -> set[str]:
-    return {task.name for task in Path("/proc/self/task").iterdir()}
-
-
 @pytest.mark.parametrize("num_readers", [1, 3])
 def test_large_and_small_payloads_arrive_in_order(make_ends, in_thread, num_readers):
     ends = make_ends(num_readers)
@@ -60,14 +53,14 @@ def test_large_and_small_payloads_arrive_in_order(make_ends, in_thread, num_read
 
 
 def test_nothing_of_zeromq_exists_before_it_is_needed(make_ends):
-    before = threads()
+    before = own_threads()
     ends = make_ends()
     ends.outbox.send(b"small", timeout_s=1)
     assert ends.inboxes[0].receive(0.0) == b"small"
-    assert threads() <= before
+    assert own_threads() <= before
 
 
-def test_closing_leaves_no_thread_and_no_file_descriptor(in_thread, eventually):
+def test_closing_leaves_no_thread_and_no_file_descriptor(in_thread):
     def use_and_close():
         ends = Ends(2)
         joins = [in_thread(lambda inbox=inbox: inbox.receive(10)) for inbox in ends.inboxes]
@@ -78,10 +71,10 @@ def test_closing_leaves_no_thread_and_no_file_descriptor(in_thread, eventually):
 
     use_and_close()  # whatever is opened once per process is open now
     gc.collect()
-    before = open_fds(), threads()
+    before = own_descriptors(), own_threads()
     use_and_close()
-    assert open_fds() <= before[0]
-    eventually(lambda: threads() <= before[1])  # the kernel lists a thread for a moment after it was joined
+    assert own_descriptors() <= before[0]
+    wait_for_threads_to_end(before[1])
 
 
 def test_a_payload_that_nobody_fetches_times_out_and_breaks_the_link(make_ends):

@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 import zmqexec
-from tests.procs import is_stopped
+from tests.procs import is_stopped, own_descriptors, own_threads, wait_for_threads_to_end
 from zmqexec.bus.echo_worker import Echo
 from zmqexec.bus.status import Phase
 from zmqexec.bus.zeromq import control, endpoints, frames
@@ -61,14 +61,6 @@ def inject(sender, frame):
     sender._end.outboxes[0].socket.send(frame) if isinstance(sender, ZmqDriverChannel) else (
         sender._end.outbox.socket.send(frame)
     )
-
-
-def open_fds():
-    return {f"{fd.name} {fd.readlink()}" for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
-
-
-def threads():
-    return {task.name for task in Path("/proc/self/task").iterdir()}
 
 
 # ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -294,10 +286,10 @@ def test_a_worker_of_another_version_is_refused(stack, monkeypatch):
 
 
 def test_joining_gives_up_at_the_deadline():
-    before = threads()
+    before = own_threads()
     with pytest.raises(BusTimeout, match="nobody listens there"):
         ZmqWorkerChannel.connect("ipc://@zmqexec-nobody", 0, timeout_s=0.1)
-    assert threads() <= before
+    wait_for_threads_to_end(before)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xc1", b"\x92\x09\x00", b"\x93\x01\x00\x00", b"\x91" * 60_000])
@@ -424,7 +416,7 @@ def test_closing_leaves_no_thread_and_no_file_descriptor():
             for worker in workers:
                 worker.receive(timeout_s=10)
                 worker.reply(CacheReady(7), timeout_s=10)
-            assert len(threads()) == len(before[1]) + 3 * 3 if before else True
+            assert len(own_threads() - before[1]) == 3 * 3 if before else True
             driver.status(0)
         for worker in workers:
             worker.close()
@@ -434,9 +426,10 @@ def test_closing_leaves_no_thread_and_no_file_descriptor():
     before = None
     use_and_close()  # whatever is opened once per process is open now
     gc.collect()
-    before = open_fds(), threads()
+    before = own_descriptors(), own_threads()
     use_and_close()
-    assert open_fds() <= before[0] and threads() <= before[1]
+    assert own_descriptors() <= before[0]
+    wait_for_threads_to_end(before[1])
 
 
 def test_what_a_worker_replied_before_it_closed_is_received(stack, start):

@@ -20,7 +20,7 @@ import zmq
 
 import zmqexec
 from tests.bus.zeromq import hosts
-from tests.procs import is_stopped
+from tests.procs import is_stopped, own_descriptors, own_threads, wait_for_threads_to_end
 from zmqexec.bus.echo_worker import Echo
 from zmqexec.bus.status import Phase
 from zmqexec.bus.zeromq import frames
@@ -591,14 +591,14 @@ def test_an_address_that_is_none_is_refused(listen):
 
 
 def test_a_port_in_use_is_refused_by_name_and_nothing_is_left():
-    before = {task.name for task in Path("/proc/self/task").iterdir()}
+    before = own_threads()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be bound"):
             ZmqDriverChannel.create(1, epoch=7, listen=f"tcp://127.0.0.1:{port}", keys=new_keys(1)[0])
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be bound"):
             ZmqDriverChannel.create(1, epoch=7, listen=f"tcp://127.0.0.1:{port - 2}", keys=new_keys(1)[0])
-    assert {task.name for task in Path("/proc/self/task").iterdir()} <= before
+    wait_for_threads_to_end(before)
 
 
 def test_keys_come_from_a_private_file_or_a_descriptor_and_are_on_no_command_line(tmp_path):
@@ -661,10 +661,6 @@ def test_ipv6_addresses_are_taken_in_brackets(stack):
 
 
 def test_closing_leaves_no_thread_no_descriptor_and_no_port(make_driver, connect):
-    def state():
-        fds = {f"{fd.name} {fd.readlink()}" for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
-        return fds, {task.name for task in Path("/proc/self/task").iterdir()}
-
     def use_and_close():
         driver, keys = make_driver(2)
         workers = [connect(driver, one) for one in keys]
@@ -675,7 +671,7 @@ def test_closing_leaves_no_thread_no_descriptor_and_no_port(make_driver, connect
             worker.close()
 
     use_and_close()  # whatever is opened once per process is open now
-    before = state()
+    before = own_descriptors(), own_threads()
     use_and_close()
-    after = state()
-    assert after[0] <= before[0] and after[1] <= before[1]
+    assert own_descriptors() <= before[0]
+    wait_for_threads_to_end(before[1])
