@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from zmqexec.worker.kernels import reference
-from zmqexec.worker.kernels.paged_attention import MIN_SPLIT_TILES, AttentionWorkspace
+from zmqexec.worker.kernels import native, reference
+from zmqexec.worker.kernels.paged_attention import MIN_SPLIT_TILES, AttentionWorkspace, choose_launch
 
 ROTATED_BYTES = 512 << 20
 FLUSHED_BYTES = 256 << 20
@@ -263,7 +263,8 @@ def graph_us(function: Callable[[], None], *, replays: int = 5, flush: torch.Ten
 def copy_gb_per_s(device: torch.device) -> float:
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    us = graph_us(lambda: target.copy_(source))
+    graph_us(lambda: target.copy_(source), replays=50)  # the clocks of a GPU that idled take a while to rise
+    us = graph_us(lambda: target.copy_(source), replays=20)
     return 2 * source.numel() / us / 1e3
 
 
@@ -290,8 +291,9 @@ class Decode:
 
     def ours_us(self, **options: Any) -> float:
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        if "per_sm" in options:
-            options["num_blocks"] = sms * options.pop("per_sm")
+        launch = choose_launch(128, self.batch, native.module_of(self.device))
+        options = {"variant": launch.variant, "per_sm": launch.blocks_per_sm, **options}
+        options["num_blocks"] = sms * options.pop("per_sm")
         workspace = AttentionWorkspace(
             self.device,
             max_rows=self.batch,
@@ -411,8 +413,8 @@ def measure_variants(device: torch.device) -> list[Row]:
     options += [{"variant": 2, "per_sm": 1}, {"variant": 2, "per_sm": 2}]
     few: list[Row] = [
         {"variant": v, "per_sm": n, "min_split_tiles": tiles}
-        for v, n in ((0, 2), (1, 1), (2, 1))
-        for tiles in (4, 8, 16, 32)
+        for v, n in ((0, 2), (1, 2), (2, 1), (2, 2))
+        for tiles in (4, 8, 12, 16, 20, 24)
         if tiles != MIN_SPLIT_TILES
     ]
     rows: list[Row] = []

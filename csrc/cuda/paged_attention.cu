@@ -536,7 +536,7 @@ Variant variant_of(int blocks_per_sm)
     return {HEAD_DIM, WARPS, SLOTS, blocks_per_sm, shared_bytes, {of_bf16, of_fp16}};
 }
 
-// The first of a head dim is number 0, the default.
+// The first of a head dim is number 0.
 const Variant& find_variant(int head_dim, int number)
 {
     static const Variant variants[] = {
@@ -558,8 +558,8 @@ const char* attention_grid(int head_dim, int variant, std::vector<int64_t>& resu
 BINDING(attention_grid,
         "attention_grid(head_dim, variant)\n\n"
         "(blocks per SM, warps per block, slots per warp, shared bytes per block) of a variant of paged_attention.\n"
-        "The num_blocks of attention_plan and paged_attention is the first times the number of SMs. Variant 0 is the\n"
-        "default; the others are there to be measured.");
+        "The num_blocks of attention_plan and paged_attention is the first times the number of SMs, or whatever else was\n"
+        "measured to be faster.");
 
 // Of queries that share a KV head.
 int partial_rows_of(int group, int max_query_len)

@@ -13,12 +13,8 @@ import torch
 from zmqexec.worker.gpu.device import Device
 from zmqexec.worker.kernels import skinny_gemm
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, begin_decode
-from zmqexec.worker.kernels.paged_attention import AttentionWorkspace
+from zmqexec.worker.kernels.paged_attention import AttentionWorkspace, Launch, choose_launch
 from zmqexec.worker.kernels.reference import padded_decode_attention
-
-ATTENTION_VARIANT = 2
-"""Of heads of 128: blocks of 8 warps. On an H100, 7B, ms a step with 8 warps and with 4: 4.68 and 4.75 for 1 sequence,
-5.29 and 5.22 for 8, 8.83 and 8.82 for 32."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +46,36 @@ class DecodeAttention:
     ) -> None:
         self.pdl = True
         self._state = state
+        self._workspaces: dict[Launch, AttentionWorkspace] = {}
         self._workspace: AttentionWorkspace | None = None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         max_rows = state.num_known.numel()
+        self._head_dim = head_dim
+        self._native = device.native
         if dtype != torch.float32:
-            variant = ATTENTION_VARIANT if head_dim == 128 else 0
-            grid = device.native.attention_grid(head_dim, variant)[0]
-            self._workspace = AttentionWorkspace(
-                device.torch_device,
-                max_rows=max_rows,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                max_context_len=state.token_ids.shape[1],
-                variant=variant,
-                num_blocks=device.num_sms * grid,
-                module=device.native,
-            )
+            for num_rows in (1, max_rows):
+                launch = choose_launch(head_dim, num_rows, device.native)
+                self._workspaces[launch] = AttentionWorkspace(
+                    device.torch_device,
+                    max_rows=max_rows,
+                    num_heads=num_heads,
+                    num_kv_heads=num_kv_heads,
+                    head_dim=head_dim,
+                    max_context_len=state.token_ids.shape[1],
+                    variant=launch.variant,
+                    num_blocks=device.num_sms * launch.blocks_per_sm,
+                    module=device.native,
+                )
 
     @property
     def has_kernel(self) -> bool:
         """Whether it can be captured."""
-        return self._workspace is not None
+        return bool(self._workspaces)
 
     def plan(self, row_slots: torch.Tensor, context_lens: torch.Tensor) -> None:
         """row_slots, context_lens  [num_rows]  int32; a padded row has a context of 0."""
-        if self._workspace is not None:
+        if self._workspaces:
+            self._workspace = self._workspaces[choose_launch(self._head_dim, len(context_lens), self._native)]
             self._workspace.plan(context_lens, row_slots, pdl=self.pdl)
         else:
             self._rows = row_slots, context_lens
