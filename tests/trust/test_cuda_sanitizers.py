@@ -20,7 +20,6 @@ KERNELS = [
     "gather_embedding",
     "argmax",
     "silu_mul",
-    "primitives",
 ]
 
 
