@@ -58,6 +58,7 @@ class StepDriver:
         self.tokens: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
         self._blocks: dict[int, list[int]] = {}
+        self._num_admitted: dict[int, int] = {}  # tokens that prefills compute, as the scheduler has it
         self._admissions: list[Admission] = []
         self.logprobs: dict[int, list[Logprobs]] = {}
         self.prompt_logprobs: dict[int, list[Logprobs]] = {}
@@ -68,6 +69,7 @@ class StepDriver:
         """Put a sequence into `slot` with the next step."""
         blocks = [self._free.pop() for _ in range(-(-len(tokens) // self._block_size))]
         self.tokens[slot], self._blocks[slot], self.computed[slot] = list(tokens), blocks, 0
+        self._num_admitted[slot] = len(tokens)
         self.logprobs[slot], self.prompt_logprobs[slot] = [], []
         self._admissions.append(
             Admission(
@@ -85,6 +87,7 @@ class StepDriver:
         shared = self._blocks[donor][:num_shared_blocks]
         own = [self._free.pop() for _ in range(-(-len(tokens) // self._block_size) - num_shared_blocks)]
         self.tokens[slot], self._blocks[slot] = list(tokens), shared + own
+        self._num_admitted[slot] = len(tokens)
         self.computed[slot] = num_shared_blocks * self._block_size
         self.logprobs[slot], self.prompt_logprobs[slot] = [], []
         self._admissions.append(
@@ -133,7 +136,7 @@ class StepDriver:
             prefills, decodes, left = {}, [], budget
             for slot in waiting:
                 missing = len(self.tokens[slot]) - self.computed[slot]
-                if missing == 1 and self.computed[slot]:
+                if self.computed[slot] >= self._num_admitted[slot]:
                     decodes.append(slot)
                 elif left:
                     prefills[slot] = min(missing, chunk, left)

@@ -27,6 +27,7 @@ class Truth:
 
     def __init__(self, path, name):
         self.path = path
+        self.name = name
         self.model = make_checkpoint(path, **{**VARIANTS, **LARGER}[name])
         self.prompts = random_prompts(self.model.config.vocab_size, [1, 7, 16, 17, 40, 70])
         self.expected = greedy(self.model, self.prompts, NUM_TOKENS)
@@ -166,20 +167,86 @@ def test_sampled_tokens_are_those_of_the_cpu_whoever_else_is_in_the_batch(truth,
     assert generate(driver_of(truth, device), range(4)) == {slot: on_cpu[slot] for slot in range(4)}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_close_to_float32(truth, device, dtype):
-    """Tokens agree until a near-tie: two candidates closer than what half precision can tell apart."""
-    driver = driver_of(truth, device, dtype=dtype)
+HALF_TOLERANCE = {"bfloat16": 1.0, "float16": 0.15}
+"""Of log-probabilities: what these precisions may be off by. Two candidates nearer than that are a near-tie."""
+
+
+def assert_equal_until_a_near_tie(truth, slot, tokens, dtype="bfloat16"):
+    """`tokens`, from the first output token on, are those of float32, up to where float32 itself nearly chose them."""
+    expected = truth.expected[slot]
+    logprobs = expected.logprobs[len(truth.prompts[slot]) - 1 :]
+    assert len(tokens) == NUM_TOKENS
+    for ours, theirs, row in zip(tokens, expected.tokens, logprobs, strict=True):
+        if ours != theirs:
+            assert row[theirs] - row[ours] < HALF_TOLERANCE[dtype]
+            break
+
+
+@pytest.mark.parametrize("dtype, tp_size", [("bfloat16", 1), ("bfloat16", 2), ("float16", 1)])
+def test_half_precision_stays_close_to_float32(truth, device, dtype, tp_size):
+    driver = driver_of(truth, device, tp_size, dtype=dtype)
     for slot, prompt in enumerate(truth.prompts):
         driver.admit(slot, prompt)
     outputs = driver.generate(NUM_TOKENS)
-    tolerance = {"bfloat16": 1.0, "float16": 0.15}[dtype]
-    for slot, expected in enumerate(truth.expected):
-        logprobs = expected.logprobs[len(truth.prompts[slot]) - 1 :]
-        for ours, theirs, row in zip(outputs[slot], expected.tokens, logprobs, strict=True):
-            if ours != theirs:
-                assert row[theirs] - row[ours] < tolerance
-                break
+    for slot in outputs:
+        assert_equal_until_a_near_tie(truth, slot, outputs[slot], dtype)
+
+
+@pytest.mark.parametrize("way", ["chunks", "rebuilt", "cached prefix", "no graphs"])
+def test_half_precision_stays_close_whatever_way_a_token_is_computed(truth, device, way):
+    if not device.is_cuda and way == "no graphs":
+        pytest.skip("an emulation has no graphs to turn off")
+    if not device.is_cuda and truth.name != "heads-of-64":
+        pytest.skip("one geometry is enough for the emulator, which is slow")
+    if way == "cached prefix" and truth.model.config.rope_parameters["rope_type"] == "dynamic":
+        pytest.skip("prompts beyond the model's own length share no cache")
+    driver = driver_of(truth, device, dtype="bfloat16", cuda_graphs=way != "no graphs")
+    prompts = truth.prompts[3:]
+    for slot, prompt in enumerate(prompts):
+        driver.admit(slot, prompt)
+    if way == "rebuilt":
+        first = driver.generate(NUM_TOKENS // 2)
+        for slot, prompt in enumerate(prompts):
+            driver.release(slot)
+            driver.admit(slot, prompt + first[slot], num_prompt=len(prompt))
+        rest = driver.generate(NUM_TOKENS - NUM_TOKENS // 2)
+        outputs = {slot: first[slot] + rest[slot] for slot in first}
+    elif way == "cached prefix":
+        driver.step({slot: len(prompt) for slot, prompt in enumerate(prompts)}, [])
+        for slot, prompt in enumerate(prompts):
+            driver.admit_with_prefix(slot + 3, prompt, slot, (len(prompt) - 1) // BLOCK_SIZE)
+        outputs = {slot: tokens for slot, tokens in driver.generate(NUM_TOKENS).items() if slot >= 3}
+    else:
+        outputs = driver.generate(NUM_TOKENS, chunk=7 if way == "chunks" else 1 << 20)
+    for slot, tokens in outputs.items():
+        assert_equal_until_a_near_tie(truth, 3 + slot % 3, tokens)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_run_ahead_changes_no_token(truth, device, dtype):
+    """Of a batch that stays as it is: each step alone, and each launched before the result of the last is there."""
+    if not device.is_cuda and truth.name != "heads-of-64":
+        pytest.skip("one geometry is enough for the emulator, which is slow")
+    prompts = truth.prompts[1:4]
+
+    def generate(depth):
+        runner = driver_of(truth, device, dtype=dtype).runners[0]
+        blocks = iter(range(NUM_BLOCKS))
+        admissions = [
+            Admission(slot, pack(prompt), len(prompt), 0, pack([next(blocks) for _ in range(3)]))
+            for slot, prompt in enumerate(prompts)
+        ]
+        prefills = pack(number for slot, prompt in enumerate(prompts) for number in (slot, len(prompt)))
+        steps = [StepInput(1, 0, prefills=prefills, admitted=admissions)]
+        steps += [StepInput(1, number, decodes=b"\7") for number in range(1, NUM_TOKENS)]
+        tokens, pending = [], deque()
+        for step in steps:
+            pending.append(runner.submit(step))
+            while len(pending) > depth:
+                tokens.append(unpack(pending.popleft().result().token_ids))
+        return tokens + [unpack(one.result().token_ids) for one in pending]
+
+    assert generate(1) == generate(0)
 
 
 def test_steps_launched_ahead_of_their_results_give_the_same_tokens(truth, device):
