@@ -263,7 +263,7 @@ class Whole:
             if starts or rows:
                 lines.append(f"── {geometry} {self._bandwidth(own)}")
             lines += [*report.start_lines(starts), *report.case_lines(rows)]
-            lines += report.profile_lines([one for found in own for one in found["profile"]], limit=6)
+            lines += report.profile_lines([one for found in own for one in found["profile"]])
         lines += self._driver_lines(results)
         failures = [
             *(f"{run['run']}: {run['why']}" for run in self.result["runs"] if run["why"]),

@@ -40,18 +40,22 @@ def _case_line(row: dict[str, Any]) -> str:
     )
 
 
-def profile_lines(profiles: list[dict[str, Any]], limit: int = 12) -> list[str]:
-    """Where the microseconds of a decode step go, of rank 0."""
+def profile_lines(profiles: list[dict[str, Any]]) -> list[str]:
+    """Where the microseconds of a decode step go, of rank 0: device, host, and what the kernels are for."""
     lines = []
     for found in profiles:
         if found["rank"] != 0:
             continue
-        lines.append(
-            f"decode step tp={found['tp']} {found['case']}: {found['wall_us']:.0f} µs, host {found['host_us']:.0f} µs"
-        )
-        for row in [*found["table"][:limit], *found["table"][limit:][-1:]]:
+        head = f"decode step tp={found['tp']} {found['case']} ahead {found['run_ahead']}: {found['wall_us']:.0f} µs"
+        if found["busy_share"] is not None:
+            head += f", device busy {100 * found['busy_share']:.1f} %: graph {found['graph_us']:.0f} µs"
+        if found["gap_us"] is not None:
+            head += f", gap {found['gap_us']['p50']:.0f} (p99 {found['gap_us']['p99']:.0f}) µs"
+        parts = (f"{name} {part['p50']:.0f} ({part['p99']:.0f})" for name, part in found["host_parts_us"].items())
+        lines += [head, f"  host µs, p50 (p99): {', '.join(parts)}; {100 * found['cpu_share']:.0f} % of a core"]
+        for row in found["groups"]:
             calls = "" if row["calls_per_step"] is None else f"{row['calls_per_step']:g} ×"
-            lines.append(f"  {row['us_per_step']:9.1f} µs {calls:>8} {row['name'][:70]}")
+            lines.append(f"  {row['us_per_step']:9.1f} µs {row['percent']:5.1f} % {calls:>8} {row['name']}")
     return lines
 
 
