@@ -6,7 +6,7 @@
     latency     latency.py, ours alone, for every tensor-parallel size that the machine has
     driver      driver_cost.py, with the workers' host time
     peers       latency.py, vLLM and transformers on the same cases
-    profile     latency.py --profile: the kernels of a decode step
+    profile     latency.py --profile: how busy the device is in a decode step, and with what
     throughput  throughput.py, all ways
 
 The parts run in this order. Each is a process that may crash, hang, or run into the end of the budget without taking
@@ -166,10 +166,11 @@ class Whole:
                 self._cases("latency", geometry, [tp], self._arguments.cases, ["--ways", *ways])
 
     def profile(self) -> None:
-        """The kernels of a decode step."""
+        """What a decode step consists of, with and without run-ahead."""
         for geometry in self._arguments.geometry:
             for tp in self._arguments.tp:
-                self._cases("latency", geometry, [tp], self._arguments.profile_cases, ["--ways", "--profile"])
+                options = ["--ways", "--profile", "--run-ahead", "0", "1"]
+                self._cases("latency", geometry, [tp], self._arguments.profile_cases, options)
 
     def throughput(self) -> None:
         """Whole calls, ours and the peers'."""
