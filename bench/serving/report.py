@@ -59,6 +59,21 @@ def profile_lines(profiles: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def load_lines(found: dict[str, Any]) -> list[str]:
+    """How fast weights are loaded, beside reading alone."""
+    lines = [f"weights, {found['file_bytes'] / 1e9:.2f} GB in {found['num_files']} files, to {found['device']}"]
+    if found["first_load_s"] is not None:
+        lines[0] += f"; the first load {found['first_load_s']:.2f} s"
+    for row in found["results"]:
+        read, load, ratio = (row[name] for name in ("read_gb_per_s", "load_gb_per_s", "ratio"))
+        verdict = "" if row["reaches_target"] else f", target {found['target_ratio']}"
+        lines.append(
+            f"  {row['page_cache']}: read {read['median']:.2f} GB/s, load {load['median']:.2f} GB/s, "
+            f"ratio {ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f}){verdict}"
+        )
+    return [*lines, *(f"  {one['way']}: not measured: {one['why']}" for one in found["not_measured"])]
+
+
 def missing_lines(not_measured: list[dict[str, Any]]) -> list[str]:
     """What there is no result of, and why."""
     return [f"{one['way']} tp={one['tp']} {one['cases']}: {one['why'][:160]}" for one in not_measured]
