@@ -7,6 +7,7 @@
     driver      driver_cost.py, with the workers' host time
     peers       latency.py, vLLM and transformers on the same cases
     profile     latency.py --profile: how busy the device is in a decode step, and with what
+    load        load.py: the weights of a checkpoint on disk, to the first GPU
     throughput  throughput.py, all ways
 
 The parts run in this order. Each is a process that may crash, hang, or run into the end of the budget without taking
@@ -43,10 +44,12 @@ from serving.tally import PACKAGES
 from zmqexec.driver.gpus import num_visible_gpus, torch_cuda_version
 
 BENCH = Path(__file__).parent
-PARTS = ("kernels", "latency", "driver", "peers", "profile", "throughput")
+PARTS = ("kernels", "latency", "driver", "peers", "profile", "load", "throughput")
 CASES = ["1x5x1000", "8x128x256", "32x512x256", "128x512x128"]
 PROFILE_CASES = ["1x128x96", "32x512x96"]
 THROUGHPUT_CASES = ["256x512x128"]
+LOADING_SHARE = 0.5
+"""Of the part's time, after which load.py begins no further repetition."""
 MAX_LINES = 100
 KERNEL_LINES = 46
 RESERVE_S = 10.0
@@ -184,6 +187,11 @@ class Whole:
         geometry, tps = self._arguments.geometry[0], map(str, self._arguments.tp)
         self._run("driver", "driver-cost", ["driver_cost.py", "--geometry", geometry, "--tp", *tps])
 
+    def load(self) -> None:
+        """Weights from a checkpoint in a temporary folder."""
+        budget_s = str(max(0.0, min(self._arguments.part_timeout_s, self.left_s) * LOADING_SHARE))
+        self._run("load", "load", ["load.py", "--geometry", self._arguments.geometry[0], "--budget-s", budget_s])
+
     def _cases(self, script: str, geometry: str, tps: list[int], cases: list[Case], options: list[str]) -> None:
         own = self._arguments
         command = [f"{script}.py", "--geometry", geometry, "--tp", *map(str, tps), "--cases", *map(str, cases)]
@@ -258,7 +266,7 @@ class Whole:
         ]
         results = [run["result"] for run in self.result["runs"] if run["result"] is not None]
         for geometry in self._arguments.geometry:
-            own = [found for found in results if found.get("geometry") == geometry]
+            own = [found for found in results if found.get("geometry") == geometry and "starts" in found]
             starts = [start for found in own for start in found["starts"]]
             rows = [row for found in own for row in found["results"]]
             if starts or rows:
@@ -266,7 +274,9 @@ class Whole:
             lines += [*report.start_lines(starts), *report.case_lines(rows)]
             lines += report.profile_lines([one for found in own for one in found["profile"]])
         lines += self._driver_lines(results)
+        lines += [line for found in results if "first_load_s" in found for line in report.load_lines(found)]
         failures = [
+            *(f"kernels {entry['module']}: {entry['why']}" for entry in self.result["kernels"] if entry["why"]),
             *(f"{run['run']}: {run['why']}" for run in self.result["runs"] if run["why"]),
             *(line for found in results for line in report.missing_lines(found.get("not_measured", []))),
         ]

@@ -32,7 +32,7 @@ from geometries import GEOMETRIES
 from serving import page_cache
 from serving.checkpoint_files import missing_space, write_checkpoint
 from serving.clock import spread
-from serving.report import load_lines
+from serving.report import load_lines, missing_lines
 from serving.tally import PACKAGES
 
 from zmqexec.checkpoint import Checkpoint
@@ -140,7 +140,7 @@ def measure(arguments: argparse.Namespace, folder: Path, write_s: float | None) 
         ]
         provenance.write_json(path, result)
     provenance.write_json(path, result)
-    print("", *load_lines(result), path.name, sep="\n")
+    print("", *load_lines(result), *missing_lines(result["not_measured"]), path.name, sep="\n")
 
 
 def row(times: dict[tuple[str, str], list[float]], state: str, num_bytes: int) -> dict[str, Any]:

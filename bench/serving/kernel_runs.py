@@ -91,10 +91,10 @@ def table(entries: list[Entry]) -> list[str]:
         failed = [row for row in checks if not passed(row)]
         verdict = f"{len(failed)} of {len(checks)} checks FAILED" if failed else f"{len(checks)} ok"
         raised = ", raised" if "error" in entry else ""
-        lines.append(f"kernels {entry['module']}: {verdict}{raised}, {entry.get('seconds', 0):.0f} s")
+        why = f"; {entry['why']}" if entry["why"] else ""
+        lines.append(f"kernels {entry['module']}: {verdict}{raised}, {entry.get('seconds', 0):.0f} s{why}")
         lines += [f"  FAILED {in_one_line(row)}" for row in failed[:5]]
         lines += [f"  {in_one_line(row)}" for row in entry["measures"]]
-        lines += [f"  {entry['why']}"] if entry["why"] else []
     return lines
 
 

@@ -71,12 +71,15 @@ def load_lines(found: dict[str, Any]) -> list[str]:
             f"  {row['page_cache']}: read {read['median']:.2f} GB/s, load {load['median']:.2f} GB/s, "
             f"ratio {ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f}){verdict}"
         )
-    return [*lines, *(f"  {one['way']}: not measured: {one['why']}" for one in found["not_measured"])]
+    return lines
 
 
 def missing_lines(not_measured: list[dict[str, Any]]) -> list[str]:
     """What there is no result of, and why."""
-    return [f"{one['way']} tp={one['tp']} {one['cases']}: {one['why'][:160]}" for one in not_measured]
+    return [
+        f"{one['way']} tp={one.get('tp', 1)} {one.get('cases', '')}".rstrip() + f": {one['why'][:160]}"
+        for one in not_measured
+    ]
 
 
 def _number(value: float | None, width: int, digits: int) -> str:

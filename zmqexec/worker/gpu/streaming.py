@@ -23,10 +23,10 @@ from zmqexec.errors import CheckpointError, InternalError
 from zmqexec.worker.gpu.device import Device, Event
 from zmqexec.worker.models.weights import CHECKPOINT_DTYPES, Request, find_tensor
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 THREADS = 4
-READING = 6
-"""Chunks that are read or wait to be copied: a few more than threads, so that none of them waits for a buffer."""
+READING = 8
+"""Chunks that are read or wait to be copied: more than threads, so that none of them waits for a buffer."""
 COPYING = 2
 """Chunks that the device may still be copying. Pinned memory: `READING + COPYING` chunks."""
 
