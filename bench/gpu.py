@@ -2,11 +2,12 @@
 
     python bench/gpu.py [--only kernels,latency] [--budget-s 540] [--out FOLDER] [--label h100]
 
-    kernels     check(device) and measure(device) of every bench/kernels/*.py, each module in a process of its own
+    kernels     check(device) and measure(device) of every bench/gpu_kernels/*.py, each module in a process of its own
     latency     latency.py, ours alone, for every tensor-parallel size that the machine has
     driver      driver_cost.py, with the workers' host time
     peers       latency.py, vLLM and transformers on the same cases
-    profile     latency.py --profile: the kernels of a decode step
+    profile     latency.py --profile: how busy the device is in a decode step, and with what
+    load        load.py: the weights of a checkpoint on disk, to the first GPU
     throughput  throughput.py, all ways
 
 The parts run in this order. Each is a process that may crash, hang, or run into the end of the budget without taking
@@ -35,16 +36,20 @@ from geometries import GEOMETRIES
 from serving import report
 from serving.cases import Case
 from serving.children import run_child
+from serving.kernel_runs import kernel_modules, new_entry, run_module, say
+from serving.kernel_runs import table as kernel_table
 from serving.setting import WAYS
 from serving.tally import PACKAGES
 
 from zmqexec.driver.gpus import num_visible_gpus, torch_cuda_version
 
 BENCH = Path(__file__).parent
-PARTS = ("kernels", "latency", "driver", "peers", "profile", "throughput")
+PARTS = ("kernels", "latency", "driver", "peers", "profile", "load", "throughput")
 CASES = ["1x5x1000", "8x128x256", "32x512x256", "128x512x128"]
 PROFILE_CASES = ["1x128x96", "32x512x96"]
 THROUGHPUT_CASES = ["256x512x128"]
+LOADING_SHARE = 0.5
+"""Of the part's time, after which load.py begins no further repetition."""
 MAX_LINES = 100
 KERNEL_LINES = 46
 RESERVE_S = 10.0
@@ -82,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--throughput-cases", type=Case.parse, nargs="+", default=[Case.parse(case) for case in THROUGHPUT_CASES]
     )
-    parser.add_argument("--kernels", nargs="+", help="modules of bench/kernels; default: all")
+    parser.add_argument("--kernels", nargs="+", help="modules of bench/gpu_kernels; default: all")
     parser.add_argument("--kernel-timeout-s", type=float, default=150.0, help="for each module")
     parser.add_argument("--part-timeout-s", type=float, default=300.0, help="for each process of the other parts")
     parser.add_argument("--repetitions", type=int, default=3)
@@ -140,26 +145,15 @@ class Whole:
     # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def kernels(self) -> None:
-        """Every module of bench/kernels by itself."""
+        """Every module of bench/gpu_kernels by itself."""
         for name in kernel_modules(self._arguments.kernels):
-            entry: dict[str, Any] = {"module": name, "checks": [], "measures": [], "why": None}
+            entry = new_entry(name)
             self.result["kernels"].append(entry)
             with self._timed(entry, f"kernels {name}"):
                 if self.left_s <= 0:
                     entry["why"] = "the budget was spent"
-                    continue
-
-                def take(found: dict[str, Any], entry: dict[str, Any] = entry) -> None:
-                    if "error" in found:
-                        entry["error"] = found["error"]
-                    else:
-                        entry["checks" if found["kind"] == "check" else "measures"].append(found["row"])
-                    self.flush()
-
-                timeout_s = min(self._arguments.kernel_timeout_s, self.left_s)
-                entry["why"] = run_child(
-                    ["-m", "serving.kernel_module", name], timeout_s, take, on_line=say, shows_errors=True
-                )
+                else:
+                    run_module(entry, min(self._arguments.kernel_timeout_s, self.left_s), self.flush)
 
     def latency(self) -> None:
         """Ours, a process for each geometry and tp."""
@@ -175,10 +169,11 @@ class Whole:
                 self._cases("latency", geometry, [tp], self._arguments.cases, ["--ways", *ways])
 
     def profile(self) -> None:
-        """The kernels of a decode step."""
+        """What a decode step consists of, with and without run-ahead."""
         for geometry in self._arguments.geometry:
             for tp in self._arguments.tp:
-                self._cases("latency", geometry, [tp], self._arguments.profile_cases, ["--ways", "--profile"])
+                options = ["--ways", "--profile", "--run-ahead", "0", "1"]
+                self._cases("latency", geometry, [tp], self._arguments.profile_cases, options)
 
     def throughput(self) -> None:
         """Whole calls, ours and the peers'."""
@@ -191,6 +186,11 @@ class Whole:
         """What a step costs on the host."""
         geometry, tps = self._arguments.geometry[0], map(str, self._arguments.tp)
         self._run("driver", "driver-cost", ["driver_cost.py", "--geometry", geometry, "--tp", *tps])
+
+    def load(self) -> None:
+        """Weights from a checkpoint in a temporary folder."""
+        budget_s = str(max(0.0, min(self._arguments.part_timeout_s, self.left_s) * LOADING_SHARE))
+        self._run("load", "load", ["load.py", "--geometry", self._arguments.geometry[0], "--budget-s", budget_s])
 
     def _cases(self, script: str, geometry: str, tps: list[int], cases: list[Case], options: list[str]) -> None:
         own = self._arguments
@@ -260,17 +260,21 @@ class Whole:
         machine = self.result["machine"]
         gpus = machine.get("gpus", [])
         head = f"{self.result['date']}  {len(gpus)} × {gpus[0]}" if gpus else f"{self.result['date']}  {machine['cpu']}"
-        lines = [f"{head}  {self.result['seconds']:.0f} s", *self._kernel_lines()]
+        lines = [
+            f"{head}  {self.result['seconds']:.0f} s",
+            *shortened(kernel_table(self.result["kernels"]), KERNEL_LINES),
+        ]
         results = [run["result"] for run in self.result["runs"] if run["result"] is not None]
         for geometry in self._arguments.geometry:
-            own = [found for found in results if found.get("geometry") == geometry]
+            own = [found for found in results if found.get("geometry") == geometry and "starts" in found]
             starts = [start for found in own for start in found["starts"]]
             rows = [row for found in own for row in found["results"]]
             if starts or rows:
                 lines.append(f"── {geometry} {self._bandwidth(own)}")
             lines += [*report.start_lines(starts), *report.case_lines(rows)]
-            lines += report.profile_lines([one for found in own for one in found["profile"]], limit=6)
+            lines += report.profile_lines([one for found in own for one in found["profile"]])
         lines += self._driver_lines(results)
+        lines += [line for found in results if "first_load_s" in found for line in report.load_lines(found)]
         failures = [
             *(f"kernels {entry['module']}: {entry['why']}" for entry in self.result["kernels"] if entry["why"]),
             *(f"{run['run']}: {run['why']}" for run in self.result["runs"] if run["why"]),
@@ -279,19 +283,6 @@ class Whole:
         if failures:
             lines += ["── not measured, or not to the end", *dict.fromkeys(line[:200] for line in failures)]
         return shortened(lines, MAX_LINES)
-
-    def _kernel_lines(self) -> list[str]:
-        lines = []
-        for entry in self.result["kernels"]:
-            failed = [row for row in entry["checks"] if not passed(row)]
-            verdict = (
-                f"{len(failed)} of {len(entry['checks'])} checks FAILED" if failed else f"{len(entry['checks'])} ok"
-            )
-            raised = ", raised" if "error" in entry else ""
-            lines.append(f"kernels {entry['module']}: {verdict}{raised}, {entry.get('seconds', 0):.0f} s")
-            lines += [f"  FAILED {in_one_line(row)}" for row in failed[:5]]
-            lines += [f"  {in_one_line(row)}" for row in entry["measures"]]
-        return shortened(lines, KERNEL_LINES)
 
     def _bandwidth(self, results: list[dict[str, Any]]) -> str:
         found = [one["copy_bandwidth"] for one in results if one["copy_bandwidth"]]
@@ -311,44 +302,11 @@ class Whole:
         return lines
 
 
-def kernel_modules(wanted: list[str] | None) -> list[str]:
-    """Those with a `check` or a `measure`, told by their text: importing them may need what is not there."""
-    found = []
-    for path in sorted((BENCH / "kernels").glob("*.py")):
-        text = path.read_text()
-        has_any = "def check(" in text or "def measure(" in text
-        if has_any and not path.name.startswith("_") and (wanted is None or path.stem in wanted):
-            found.append(path.stem)
-    return found
-
-
-def passed(row: dict[str, Any]) -> bool:
-    """Whether a check says so; one that says nothing was passed, since it did not raise."""
-    return all(bool(row[key]) for key in ("ok", "passed") if key in row)
-
-
-def in_one_line(row: dict[str, Any]) -> str:
-    """A dict in at most 150 characters, long lists left out."""
-    words = []
-    for key, value in row.items():
-        if isinstance(value, dict | list):
-            continue
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        words.append(shown if key == "name" else f"{key}={shown}")
-    return " ".join(words)[:150]
-
-
 def shortened(lines: list[str], limit: int) -> list[str]:
     """The first `limit` lines, the last of which says how many there would be more."""
     if len(lines) <= limit:
         return lines
     return [*lines[: limit - 1], f"… {len(lines) - limit + 1} more lines: see the JSON"]
-
-
-def say(line: str) -> None:
-    """Print a line of a child."""
-    with contextlib.suppress(OSError):
-        print(f"   {line}" if line else "", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,11 @@ window, in which the whole batch decodes and nothing else happens (serving/clock
 the speed of a copy, measured in the same run, divided by tp.
 
 vLLM and transformers run after ours, each in a process of its own; what is not installed or fails is left out and
-named. `--profile` shows where a decode step's microseconds go. The file is rewritten after every result.
+named. The file is rewritten after every result.
+
+`--profile` shows where a decode step's microseconds go: which share of it the device is busy, by marks around every
+graph, with and without run-ahead (`--run-ahead 0 1`); what the host does; and what the kernels are for. `--ways
+--profile` does that alone.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ QUESTION = "time to the first token and per output token of random prompts, gree
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, CASES, repetitions=3)
-    parser.add_argument("--profile", action="store_true", help="kernels of a decode step, by rank; after all cases")
+    parser.add_argument("--profile", action="store_true", help="what a decode step consists of; after all cases")
     arguments = parser.parse_args()
     run(arguments, "latency", QUESTION, whole_only=False, profile=arguments.profile)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from serving.children import search_here_last
 from serving.run import run
 from serving.setting import add_arguments
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=CPU_RESULT, help="JSON of the CPU's comparison")
     arguments = parser.parse_args()
     if not arguments.cases:
+        search_here_last()
         # It imports torch, which whoever drives an engine on GPUs does not.
         from serving.cpu_comparison import compare
 

@@ -1,4 +1,4 @@
-"""A process of its own: the checks and measures of one module of bench/kernels.
+"""A process of its own: the checks and measures of one module of bench/gpu_kernels.
 
     python -m serving.kernel_module NAME
 
@@ -21,9 +21,10 @@ from serving.children import emit
 
 
 def main() -> None:
-    name = sys.argv[1]
-    module = importlib.import_module(f"kernels.{name}")
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        sys.exit("it needs an NVIDIA GPU, and a torch with CUDA")
+    module = importlib.import_module(f"gpu_kernels.{sys.argv[1]}")
+    device = torch.device("cuda", 0)
     for kind in ("check", "measure"):
         function = getattr(module, kind, None)
         if function is None:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from serving.busy import num_steps
 from serving.cases import Case
 from serving.children import run_child
 from serving.setting import Setting
 from zmqexec.bus.memory import shared_file
 from zmqexec.executor.spawn import OPENMP_WAIT
 
-STEPS = 96
-"""Output tokens of a case that is looked at: what worker_step.py takes, and some for sequences that came in first."""
-
 
 def measure_ranks(
-    setting: Setting, tp: int, case: Case, timeout_s: float, *, profile: bool
+    setting: Setting, tp: int, case: Case, timeout_s: float, *, profile: bool, run_aheads: Sequence[int] = (1,)
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """One result per rank, and why there are fewer. A case keeps its batch and its input."""
-    case = replace(case, output_len=STEPS)
-    settings = setting.engine_settings(tp, run_ahead=1)
+    """One result per rank and run-ahead, and why there are fewer. A case keeps its batch and its input."""
+    case = replace(case, output_len=num_steps(len(run_aheads)))
+    settings = setting.engine_settings(tp, run_ahead=max(run_aheads))
     settings |= {"max_model_len": max(setting.max_model_len, case.input_len + case.output_len)}
     results: list[dict[str, Any]] = []
     reasons: list[str] = []
@@ -38,6 +37,7 @@ def measure_ranks(
                 "tp": tp,
                 "store_fd": store_fd,
                 "profile": profile,
+                "run_aheads": list(run_aheads),
             }
             for rank in range(tp)
         ]
@@ -55,4 +55,4 @@ def measure_ranks(
             thread.join()
     finally:
         os.close(store_fd)
-    return sorted(results, key=lambda result: result["rank"]), "; ".join(reasons) or None
+    return sorted(results, key=lambda result: (result["rank"], result["run_ahead"])), "; ".join(reasons) or None

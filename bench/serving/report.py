@@ -40,24 +40,46 @@ def _case_line(row: dict[str, Any]) -> str:
     )
 
 
-def profile_lines(profiles: list[dict[str, Any]], limit: int = 12) -> list[str]:
-    """Where the microseconds of a decode step go, of rank 0."""
+def profile_lines(profiles: list[dict[str, Any]]) -> list[str]:
+    """Where the microseconds of a decode step go, of rank 0: device, host, and what the kernels are for."""
     lines = []
     for found in profiles:
         if found["rank"] != 0:
             continue
-        lines.append(
-            f"decode step tp={found['tp']} {found['case']}: {found['wall_us']:.0f} µs, host {found['host_us']:.0f} µs"
-        )
-        for row in [*found["table"][:limit], *found["table"][limit:][-1:]]:
+        head = f"decode step tp={found['tp']} {found['case']} ahead {found['run_ahead']}: {found['wall_us']:.0f} µs"
+        if found["busy_share"] is not None:
+            head += f", device busy {100 * found['busy_share']:.1f} %: graph {found['graph_us']:.0f} µs"
+        if found["gap_us"] is not None:
+            head += f", gap {found['gap_us']['p50']:.0f} (p99 {found['gap_us']['p99']:.0f}) µs"
+        parts = (f"{name} {part['p50']:.0f} ({part['p99']:.0f})" for name, part in found["host_parts_us"].items())
+        lines += [head, f"  host µs, p50 (p99): {', '.join(parts)}; {100 * found['cpu_share']:.0f} % of a core"]
+        for row in found["groups"]:
             calls = "" if row["calls_per_step"] is None else f"{row['calls_per_step']:g} ×"
-            lines.append(f"  {row['us_per_step']:9.1f} µs {calls:>8} {row['name'][:70]}")
+            lines.append(f"  {row['us_per_step']:9.1f} µs {row['percent']:5.1f} % {calls:>8} {row['name']}")
+    return lines
+
+
+def load_lines(found: dict[str, Any]) -> list[str]:
+    """How fast weights are loaded, beside reading alone."""
+    lines = [f"weights, {found['file_bytes'] / 1e9:.2f} GB in {found['num_files']} files, to {found['device']}"]
+    if found["first_load_s"] is not None:
+        lines[0] += f"; the first load {found['first_load_s']:.2f} s"
+    for row in found["results"]:
+        read, load, ratio = (row[name] for name in ("read_gb_per_s", "load_gb_per_s", "ratio"))
+        verdict = "" if row["reaches_target"] else f", target {found['target_ratio']}"
+        lines.append(
+            f"  {row['page_cache']}: read {read['median']:.2f} GB/s, load {load['median']:.2f} GB/s, "
+            f"ratio {ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f}){verdict}"
+        )
     return lines
 
 
 def missing_lines(not_measured: list[dict[str, Any]]) -> list[str]:
     """What there is no result of, and why."""
-    return [f"{one['way']} tp={one['tp']} {one['cases']}: {one['why'][:160]}" for one in not_measured]
+    return [
+        f"{one['way']} tp={one.get('tp', 1)} {one.get('cases', '')}".rstrip() + f": {one['why'][:160]}"
+        for one in not_measured
+    ]
 
 
 def _number(value: float | None, width: int, digits: int) -> str:

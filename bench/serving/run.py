@@ -79,7 +79,8 @@ def _profile(arguments: argparse.Namespace, setting: Setting, tally: Tally) -> N
                 tally.give_up("profile", tp, str(case), "the budget was spent")
                 continue
             timeout_s = min(PROFILE_TIMEOUT_S, tally.left_s)
-            found, why = measure_ranks(setting, tp, case, timeout_s, profile=True)
+            modes = sorted(set(arguments.run_ahead))
+            found, why = measure_ranks(setting, tp, case, timeout_s, profile=True, run_aheads=modes)
             tally.result["profile"] += found
             tally.flush()
             if why is not None:

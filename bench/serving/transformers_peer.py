@@ -12,16 +12,18 @@ import time
 from typing import Any
 
 import torch
-import transformers
 
 from serving.cases import Case
-from serving.children import emit
+from serving.children import emit, search_here_last
 from serving.clock import spread
 
 
 def main() -> None:
     begin = time.perf_counter()
     job = json.loads(sys.argv[1])
+    search_here_last()
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda", 0) if job["device"] == "cuda" else torch.device("cpu")

@@ -10,13 +10,14 @@ import sys
 import time
 
 from serving.cases import Case
-from serving.children import emit
+from serving.children import emit, search_here_last
 from serving.clock import measure_case
 
 
 def main() -> None:
     begin = time.perf_counter()
     job = json.loads(sys.argv[1])
+    search_here_last()
     import vllm
 
     imported = time.perf_counter()

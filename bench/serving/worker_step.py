@@ -2,49 +2,47 @@
 
     python -m serving.worker_step JSON
 
-All ranks of a group run this with the same job and make the same steps, each from a scheduler of its own. The steps
-are launched one ahead of their results, as a worker does it.
+All ranks of a group run this with the same job and make the same steps, each from a scheduler of its own. With a
+run-ahead of 1 a step is launched while the one before it runs, as a worker does it; with 0 each waits for the last
+one's tokens. One result for each of the job's `run_aheads`; the profile, with the largest of them, is in the last.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from serving.busy import PROFILED_STEPS, ROUND_STEPS, ROUNDS, SETTLING_STEPS, WARM_UP_STEPS, HostMark, Watch
 from serving.cases import Case
 from serving.children import emit
+from serving.step_table import Work, group_rows, kernel_rows, without_overlaps
 from zmqexec.config import EngineConfig, SamplingParams, parse_config
 from zmqexec.driver.plan import Plan, make_plan
 from zmqexec.driver.scheduler import ScheduledStep, Scheduler
 from zmqexec.protocol import NewRequest, StepInput, StepOutput, pack
 
-WARM_UP_STEPS = 10
-TIMED_STEPS = 50
-PROFILED_STEPS = 10
-ROWS = 25
 COLLECTIVE_TIMEOUT_S = 60.0
 
 
 class Loop:
-    """Scheduler and runner of one rank. `host_s` is what launching each step took, of the steps since `begin`."""
+    """Scheduler and runner of one rank. Up to `run_ahead` steps are outstanding when the next one is launched."""
 
-    def __init__(self, plan: Plan, runner: Any, num_blocks: int, case: Case, vocab_size: int) -> None:
+    def __init__(self, plan: Plan, runner: Any, num_blocks: int, case: Case, watch: Watch, run_ahead: int) -> None:
         self._runner = runner
+        self._watch = watch
         self._is_ahead = hasattr(runner, "submit")
+        self.run_ahead = run_ahead
         self._scheduler = Scheduler(plan.config, num_blocks, plan.max_model_len, [])
         self._outstanding: deque[tuple[ScheduledStep, Callable[[], StepOutput]]] = deque()
         self._last_had_prefills = True
-        self.host_s: list[float] = []
         params = SamplingParams(temperature=0.0, max_tokens=case.output_len, ignore_eos=True)
-        for index, prompt in enumerate(case.prompts(vocab_size, seed=0)):
+        for index, prompt in enumerate(case.prompts(plan.model.vocab_size, seed=0)):
             self._scheduler.add(NewRequest(str(index), pack(prompt), params))
 
     @property
@@ -53,16 +51,14 @@ class Loop:
         return self._scheduler.stats.num_waiting > 0 or self._last_had_prefills
 
     def step(self) -> None:
-        """Launch a step, then wait for the one before it."""
+        """Launch a step, then wait for the oldest one that may not be outstanding any more."""
         scheduled = self._scheduler.schedule()
         if scheduled is None:
             raise RuntimeError("the batch ended before the measurement")
         self._last_had_prefills = bool(scheduled.prefills)
-        begin = time.perf_counter()
-        result = self._launch(scheduled.message)
-        self.host_s.append(time.perf_counter() - begin)
+        result = self._watch.step(lambda: self._launch(scheduled.message))
         self._outstanding.append((scheduled, result))
-        if len(self._outstanding) > int(self._is_ahead):
+        while len(self._outstanding) > (self.run_ahead if self._is_ahead else 0):
             self._collect()
 
     def drain(self) -> None:
@@ -89,37 +85,56 @@ def main() -> None:
     runner = make_runner(plan, job["rank"], job["tp"], job["store_fd"])
     runner.load()
     runner.init_cache(num_blocks)
-    loop = Loop(plan, runner, num_blocks, case, plan.model.vocab_size)
+    modes = job["run_aheads"]
+    watch = watched(runner, len(modes))
+    loop = Loop(plan, runner, num_blocks, case, watch, max(modes))
     while loop.is_prefilling:
         loop.step()
     for _ in range(WARM_UP_STEPS):
         loop.step()
     loop.drain()
-    loop.host_s.clear()
-    begin = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        loop.step()
-    loop.drain()
-    wall_s = time.perf_counter() - begin
-    emit(
-        {
-            "tp": job["tp"],
-            "rank": job["rank"],
-            "case": job["case"],
-            "host_us": round(1e6 * statistics.median(loop.host_s), 1),
-            "wall_us": round(1e6 * wall_s / TIMED_STEPS, 1),
-            "table": profile(loop) if job["profile"] else [],
-        }
-    )
+    for _ in range(ROUNDS):
+        for loop.run_ahead in modes:
+            for _ in range(SETTLING_STEPS):
+                loop.step()
+            watch.begin(loop.run_ahead)
+            for _ in range(ROUND_STEPS):
+                loop.step()
+            watch.end()
+            loop.drain()
+    loop.run_ahead = max(modes)
+    profiled = {"table": [], "groups": []}
+    for mode in modes:
+        if job["profile"] and mode == modes[-1]:
+            profiled = profile(loop, plan.model.num_layers)
+        emit({**{name: job[name] for name in ("tp", "rank", "case")}, **watch.figures(mode), **profiled})
+    sys.stdout.flush()
     os._exit(0)  # as a worker ends: without waiting for threads of libraries, or for peers
+
+
+def watched(runner: Any, num_modes: int) -> Watch:
+    """A watch around the runner's graphs and the parts of its `submit`; on the CPU, around its whole step."""
+    if not hasattr(runner, "submit"):
+        watch = Watch(HostMark, num_modes)
+        runner.run = watch.marked(runner.run)
+        return watch
+    is_cuda = runner._device.is_cuda
+    watch = Watch(lambda: torch.cuda.Event(enable_timing=True), num_modes) if is_cuda else Watch(HostMark, num_modes)
+    for graphs in (runner._greedy_graphs, runner._logits_graphs):
+        graphs.run = watch.marked(watch.part("launch", graphs.run))
+    runner._batch.take_in = watch.part("take_in", runner._batch.take_in)
+    runner._stage = watch.part("stage", runner._stage)
+    runner._pending = watch.part("record", runner._pending)
+    return watch
 
 
 def make_job_plan(job: dict[str, Any], case: Case) -> tuple[Plan, int]:
     """The engine's plan, with a KV cache of just the blocks that the case needs: the same on every rank."""
     settings = {**job["settings"], "model": job["folder"]}
     plan = make_plan(parse_config(EngineConfig, settings))
-    blocks_each = -(-max(plan.max_model_len, case.input_len + case.output_len) // plan.config.block_size)
-    num_blocks = (case.batch + 2) * blocks_each
+    blocks_each = -(-(case.input_len + case.output_len) // plan.config.block_size)
+    # And never too few for one sequence of the greatest length, which the engine insists on.
+    num_blocks = max((case.batch + 2) * blocks_each, -(-plan.max_model_len // plan.config.block_size) + 1)
     settings["kv_cache_memory_bytes"] = num_blocks * plan.block_bytes
     return make_plan(parse_config(EngineConfig, settings)), num_blocks
 
@@ -143,39 +158,30 @@ def make_runner(plan: Plan, rank: int, tp: int, store_fd: int) -> Any:
     return ModelRunner(load, SharedMemoryCollectives(rank, tp, store_fd, **timeout) if tp > 1 else LocalCollectives())
 
 
-def profile(loop: Loop) -> list[dict[str, Any]]:
-    """The kernels of a decode step (on a CPU: the operators) by their own time, from torch's profiler.
-
-    Where kernels overlap, their times add up to more than the step.
-    """
-    activities = [torch.profiler.ProfilerActivity.CPU]
+def profile(loop: Loop, num_layers: int) -> dict[str, Any]:
+    """`table`: the kernels of a decode step (on a CPU: the operators); `groups`: what they are for, and the gaps."""
     is_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    if is_cuda:
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if is_cuda else activity.CPU]) as profiler:
         for _ in range(PROFILED_STEPS):
             loop.step()
         loop.drain()
         if is_cuda:
             torch.cuda.synchronize()
-    rows = []
-    for event in profiler.key_averages():
-        own_us = event.self_device_time_total if is_cuda else event.self_cpu_time_total
-        if own_us > 0:
-            rows.append(
-                {
-                    "name": event.key[:100],
-                    "calls_per_step": round(event.count / PROFILED_STEPS, 2),
-                    "us_per_step": round(own_us / PROFILED_STEPS, 2),
-                }
-            )
-    rows.sort(key=lambda row: row["us_per_step"], reverse=True)
-    total = round(sum(row["us_per_step"] for row in rows), 2)
-    rest = round(sum(row["us_per_step"] for row in rows[ROWS:]), 2)
-    kept = rows[:ROWS]
-    if rows[ROWS:]:
-        kept.append({"name": f"{len(rows) - ROWS} others", "calls_per_step": None, "us_per_step": rest})
-    return [*kept, {"name": "all", "calls_per_step": None, "us_per_step": total}]
+    kind = torch.autograd.DeviceType.CUDA if is_cuda else torch.autograd.DeviceType.CPU
+    events = [event for event in profiler.events() if event.device_type == kind]
+    spans = [(event.name, event.time_range.start, event.time_range.end) for event in events]
+    if not spans:
+        return {"table": [], "groups": []}
+    if is_cuda:
+        works = without_overlaps(spans)
+    else:
+        works = [Work(event.name, event.time_range.start, event.self_cpu_time_total) for event in events]
+    whole_us = max(end for _, _, end in spans) - min(begin for _, begin, _ in spans)
+    return {
+        "table": kernel_rows(works, PROFILED_STEPS),
+        "groups": group_rows(works, PROFILED_STEPS, whole_us / PROFILED_STEPS, num_layers),
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from kernels.all_reduce import MODULUS, Ranked
+from gpu_kernels.all_reduce import MODULUS, Ranked
 
 
 def ranked(device_type: str, *, rank: int = 0) -> Ranked:

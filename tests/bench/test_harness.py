@@ -14,6 +14,7 @@ from typing import Any
 import geometries
 import gpu
 import pytest
+from serving import kernel_runs
 from serving.cases import Case
 from serving.children import run_child
 from serving.clock import run_generate, run_steps
@@ -216,22 +217,24 @@ def test_a_grandchild_that_keeps_the_pipe_open_holds_nobody_up() -> None:
 
 
 def test_kernel_modules_are_found_by_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "kernels").mkdir()
+    (tmp_path / "gpu_kernels").mkdir()
     for name, text in {
         "b.py": "import not_there\ndef measure(device): ...",
         "a.py": "def check(device): ...",
         "helper.py": "",
         "_c.py": "def check(device): ...",
     }.items():
-        (tmp_path / "kernels" / name).write_text(text)
-    monkeypatch.setattr(gpu, "BENCH", tmp_path)
-    assert gpu.kernel_modules(None) == ["a", "b"]
-    assert gpu.kernel_modules(["b"]) == ["b"]
+        (tmp_path / "gpu_kernels" / name).write_text(text)
+    monkeypatch.setattr(kernel_runs, "BENCH", tmp_path)
+    assert kernel_runs.kernel_modules(None) == ["a", "b"]
+    assert kernel_runs.kernel_modules(["b"]) == ["b"]
 
 
 def test_a_check_fails_if_it_says_so_and_rows_are_short_lines() -> None:
-    assert gpu.passed({"name": "x"}) and gpu.passed({"ok": True}) and not gpu.passed({"ok": False})
-    assert not gpu.passed({"passed": False})
-    assert gpu.in_one_line({"name": "gemv", "us": 1.23456, "all": [1, 2]}) == "gemv us=1.235"
+    assert (
+        kernel_runs.passed({"name": "x"}) and kernel_runs.passed({"ok": True}) and not kernel_runs.passed({"ok": False})
+    )
+    assert not kernel_runs.passed({"passed": False})
+    assert kernel_runs.in_one_line({"name": "gemv", "us": 1.23456, "all": [1, 2]}) == "gemv us=1.235"
     assert gpu.shortened(list("abcde"), 3) == ["a", "b", "… 3 more lines: see the JSON"]
     assert json.dumps(plain({"a": (Path("x"), 1.5, None)})) == '{"a": ["x", 1.5, null]}'

@@ -20,7 +20,7 @@ from zmqexec.worker.collectives import Collectives, PhasedCollectives
 from zmqexec.worker.kernels.plan import DecodePlanner
 from zmqexec.worker.kv_cache import KVCache
 from zmqexec.worker.models.llama import LlamaModel
-from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
+from zmqexec.worker.models.weights import LlamaWeights, RandomSource, SafetensorsSource, TensorSource, load_weights
 from zmqexec.worker.sampler import Sampled, Sampler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,17 +62,20 @@ class ModelRunner:
         """
         torch.set_num_threads(self._load.num_threads)
         with torch.inference_mode():
-            self._model = self._load_model(on_progress)
+            weights = self.load_weights(on_progress)
+            self._model = LlamaModel(
+                self._model_config, self._sharding, weights, self._collectives, self._load.max_model_len
+            )
         return cpu_cache_bytes(self._load.config, self._model_config, self._load.max_model_len, self._dtype.itemsize)
 
-    def _load_model(self, on_progress: Callable[[int, int], None]) -> LlamaModel:
+    def load_weights(self, on_progress: Callable[[int, int], None]) -> LlamaWeights:
+        """This rank's shard of the checkpoint, or a random one; `load` begins with it."""
         config, collectives = self._model_config, self._collectives
         dummy = self._load.config.load_format == "dummy"
         source: TensorSource = RandomSource(config) if dummy else SafetensorsSource(Path(self._load.model_dir))
-        weights = load_weights(
+        return load_weights(
             config, self._sharding, collectives.rank, collectives.tp_size, source, self._dtype, on_progress
         )
-        return LlamaModel(config, self._sharding, weights, collectives, self._load.max_model_len)
 
     def init_cache(self, num_blocks: int) -> None:
         """Allocate a KV cache of `num_blocks` blocks and the state of `max_num_seqs` slots."""

@@ -220,7 +220,7 @@ def test_a_rank_that_stops_is_named_by_health_and_close_returns():
 def test_all_of_it_on_gpus():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    program = Path(__file__).parents[3] / "bench/kernels/all_reduce.py"
+    program = Path(__file__).parents[3] / "bench/gpu_kernels/all_reduce.py"
     command = [sys.executable, str(program), "--check", "--ranks", "2", "--seconds", "15"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE_S, check=True)
     rows = json.loads(done.stdout)

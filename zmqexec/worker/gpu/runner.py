@@ -13,6 +13,7 @@ waits. So the next step is launched while this one runs, and the device never wa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,11 @@ from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places
 from zmqexec.worker.gpu.pad_heads import pad_weights
 from zmqexec.worker.gpu.sampler import DeviceSampler
 from zmqexec.worker.gpu.staging import Staging
+from zmqexec.worker.gpu.streaming import StreamedSource
 from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
 from zmqexec.worker.logprobs import POSITIONS_AT_ONCE
-from zmqexec.worker.models.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
+from zmqexec.worker.models.weights import LlamaWeights, RandomSource, TensorSource, load_weights, requests_of
 from zmqexec.worker.outputs import PeerMissing
 from zmqexec.worker.sampler import Sampled, Sampler
 
@@ -120,20 +122,8 @@ class GpuRunner:
         """
         torch.set_num_threads(self._load.num_threads)
         config, collectives, device = self._config, self._collectives, self._device
-        dummy = self._load.config.load_format == "dummy"
-        source: TensorSource
-        source = RandomSource(config, device.torch_device) if dummy else SafetensorsSource(Path(self._load.model_dir))
         with torch.inference_mode(), out_of_memory(device, "loading the weights"):
-            weights = load_weights(
-                config,
-                self._sharding,
-                collectives.rank,
-                collectives.tp_size,
-                source,
-                self._dtype,
-                on_progress,
-                device.torch_device,
-            )
+            weights = self.load_weights(on_progress)
             if self._head_dim != config.head_dim:
                 weights = pad_weights(weights, config.head_dim, self._head_dim)
             self._make_state()
@@ -153,6 +143,19 @@ class GpuRunner:
                 device=device.torch_device,
             )
             return free_bytes_for_cache(device, self._load.config, self._measure)
+
+    def load_weights(self, on_progress: Callable[[int, int], None]) -> LlamaWeights:
+        """This rank's shard of the checkpoint, or a random one; `load` begins with it."""
+        config, device = self._config, self._device
+        ranks = self._collectives.rank, self._collectives.tp_size
+        with contextlib.ExitStack() as stack:
+            source: TensorSource
+            if self._load.config.load_format == "dummy":
+                source = RandomSource(config, device.torch_device)
+            else:
+                requests = requests_of(config, self._sharding, *ranks)
+                source = stack.enter_context(StreamedSource(Path(self._load.model_dir), requests, device))
+            return load_weights(config, self._sharding, *ranks, source, self._dtype, on_progress, device.torch_device)
 
     def _make_state(self) -> None:
         engine, device, sharding = self._load.config, self._device, self._sharding

@@ -10,12 +10,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
 
-from zmqexec.checkpoint import Checkpoint, expected_tensors
+from zmqexec.checkpoint import Checkpoint, TensorInfo, expected_tensors
 from zmqexec.errors import CheckpointError
 from zmqexec.model_config import ModelConfig, Sharding
 
@@ -73,6 +73,26 @@ class TensorSource(Protocol):
         ...
 
 
+class Request(NamedTuple):
+    """One call of a source's `read`."""
+
+    name: str
+    rows: Sequence[range]
+    columns: range | None
+
+
+def find_tensor(tensors: dict[str, TensorInfo], name: str) -> TensorInfo:
+    """Where a tensor lies. `CheckpointError` where it is missing or of a type that is not supported."""
+    info = tensors.get(name)
+    if info is None:
+        raise CheckpointError(f"the checkpoint has no tensor {name!r}")
+    if info.dtype not in CHECKPOINT_DTYPES:
+        raise CheckpointError(
+            f"tensor {name!r} in {info.file.name} is of type {info.dtype}; supported: {', '.join(CHECKPOINT_DTYPES)}"
+        )
+    return info
+
+
 class SafetensorsSource:
     """Slices of a checkpoint's tensors; only the bytes of the slices are read."""
 
@@ -81,14 +101,7 @@ class SafetensorsSource:
         self._files: dict[Path, Any] = {}
 
     def read(self, name: str, rows: Sequence[range], columns: range | None) -> torch.Tensor:
-        info = self._tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"the checkpoint has no tensor {name!r}")
-        if info.dtype not in CHECKPOINT_DTYPES:
-            raise CheckpointError(
-                f"tensor {name!r} in {info.file.name} is of type {info.dtype}; "
-                f"supported: {', '.join(CHECKPOINT_DTYPES)}"
-            )
+        info = find_tensor(self._tensors, name)
         if info.file not in self._files:
             self._files[info.file] = safe_open(info.file, framework="pt")
         tensor = self._files[info.file].get_slice(name)
@@ -155,20 +168,29 @@ class ProgressSource:
         return tensor.to(self._device).to(self._dtype)
 
 
-class _Sizes:
-    """A source that reads nothing and adds up the elements it is asked for."""
+class _Requests:
+    """A source that reads nothing, notes what it is asked for, and adds up the elements."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._shapes = dict(expected_tensors(config))
         self.elements = 0
+        self.requests: list[Request] = []
 
     def read(self, name: str, rows: Sequence[range], columns: range | None) -> torch.Tensor:
         shape = [sum(map(len, rows)), *self._shapes[name][1:]]
         if columns is not None:
             shape[1] = len(columns)
         self.elements += math.prod(shape)
+        self.requests.append(Request(name, rows, columns))
         # Without rows, not on the meta device: concatenating there imports torch's compiler, which takes seconds.
         return torch.empty((0, *shape[1:]))
+
+
+def requests_of(config: ModelConfig, sharding: Sharding, rank: int, tp_size: int) -> list[Request]:
+    """What `load_weights` will read for this rank, in its order."""
+    noted = _Requests(config)
+    _assemble(config, sharding, rank, tp_size, noted)
+    return noted.requests
 
 
 def load_weights(
@@ -185,9 +207,9 @@ def load_weights(
 
     `CheckpointError` where a tensor is missing or of a type that is not supported.
     """
-    sizes = _Sizes(config)
-    _assemble(config, sharding, rank, tp_size, sizes)
-    total = sizes.elements * dtype.itemsize
+    noted = _Requests(config)
+    _assemble(config, sharding, rank, tp_size, noted)
+    total = noted.elements * dtype.itemsize
     on_progress(0, total)
     source = ProgressSource(source, dtype, total, on_progress, device)
     return _assemble(config, sharding, rank, tp_size, source)

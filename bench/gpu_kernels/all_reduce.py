@@ -1,6 +1,6 @@
 """Is the one-shot all-reduce right on these GPUs, over a million replays too, and how fast is it beside NCCL?
 
-    python bench/kernels/all_reduce.py [--check] [--measure] [--ranks 2] > result.json
+    python bench/gpu_kernels/all_reduce.py [--check] [--measure] [--ranks 2] > result.json
 
 Starts one process per GPU, each of which joins as a worker does (`NcclCollectives`), and ends them after a minute each
 if they hang. Times are of CUDA graphs of 50 calls; each waits for all ranks, so a call's time is its latency. Beside

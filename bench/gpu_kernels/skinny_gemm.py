@@ -1,6 +1,6 @@
 """Does csrc/cuda/skinny_gemm.cu compute what it should on this GPU, and how near to the memory's speed does it come?
 
-    python bench/kernels/skinny_gemm.py [--check] [--measure] > result.json
+    python bench/gpu_kernels/skinny_gemm.py [--check] [--measure] > result.json
 
 Times are of CUDA graphs. Every launch of a graph reads another copy of its matrix, so that L2 never holds it. Beside
 each matrix: torch.mm (cuBLAS) in a graph of the same kind, and the time of its bytes at this GPU's copy bandwidth.

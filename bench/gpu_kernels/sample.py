@@ -1,6 +1,6 @@
 """Does csrc/cuda/sample.cu choose the CPU's tokens on this GPU, and how long does it take?
 
-    python bench/kernels/sample.py [--check] [--measure]
+    python bench/gpu_kernels/sample.py [--check] [--measure]
 
 Times are of CUDA graphs in which every launch reads other logits, more than L2 holds together ("cold"), or the same
 ones again ("warm": the product that writes them has just done so). Beside it torch.argmax, and a sampler of torch

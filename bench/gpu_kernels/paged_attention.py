@@ -1,6 +1,6 @@
 """Does csrc/cuda/paged_attention.cu compute what it should on this GPU, and how near to the memory's speed is it?
 
-    python bench/kernels/paged_attention.py [--check] [--measure] [--variants] > result.json
+    python bench/gpu_kernels/paged_attention.py [--check] [--measure] [--variants] > result.json
 
 Times are of CUDA graphs. `cold`: the launches of a graph read as many different caches as take 512 MB, or the L2 is
 overwritten before each graph; `warm`: all read one. GB/s are of keys and values, beside the speed of a copy (bytes read
