@@ -144,12 +144,16 @@ def make_runner(plan: Plan, rank: int, tp: int, store_fd: int) -> Any:
     load = plan.load_message(epoch=0)
     timeout = {"timeout_s": COLLECTIVE_TIMEOUT_S, "join_timeout_s": COLLECTIVE_TIMEOUT_S}
     if load.device == "cuda":
-        from zmqexec.worker.gpu.collectives import make_collectives
+        from zmqexec.worker.gpu.collectives import GpuCollectives, LocalGpuCollectives
         from zmqexec.worker.gpu.device import CudaDevice
         from zmqexec.worker.gpu.runner import GpuRunner
 
         device = CudaDevice(rank)
-        group = make_collectives(rank, tp, store_fd, COLLECTIVE_TIMEOUT_S, join_timeout_s=COLLECTIVE_TIMEOUT_S)
+        group: GpuCollectives = LocalGpuCollectives()
+        if tp > 1:
+            from zmqexec.worker.gpu.nccl import NcclCollectives
+
+            group = NcclCollectives(rank, tp, store_fd, **timeout)
         return GpuRunner(load, group, device)
     from zmqexec.worker.collectives import LocalCollectives
     from zmqexec.worker.runner import ModelRunner
