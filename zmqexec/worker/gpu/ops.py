@@ -36,6 +36,58 @@ class Places:
     sin: torch.Tensor
 
 
+def attention_workspace(
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    max_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_context_len: int,
+    max_query_len: int = 1,
+    fixed_split_tokens: int = 0,
+) -> AttentionWorkspace | None:
+    """The kernel's workspace, sizes as there; None: there is no kernel for float32."""
+    if dtype == torch.float32:
+        return None
+    variant = ATTENTION_VARIANT if head_dim == 128 else 0
+    return AttentionWorkspace(
+        device.torch_device,
+        max_rows=max_rows,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_context_len=max_context_len,
+        max_query_len=max_query_len,
+        fixed_split_tokens=fixed_split_tokens,
+        variant=variant,
+        num_blocks=device.num_sms * device.native.attention_grid(head_dim, variant)[0],
+        module=device.native,
+    )
+
+
+def attend_padded(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    row_slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    at_once: int,
+) -> None:
+    """Attention of one token per row in plain torch, `at_once` rows at a time.
+
+    out, query               [num_rows, num_heads, head_dim]
+    row_slots, context_lens  [num_rows]  int32
+    """
+    for begin in range(0, len(out), at_once):
+        part = slice(begin, begin + at_once)
+        tables = block_tables[row_slots[part].long()]
+        out[part] = padded_decode_attention(query[part], cache, tables, context_lens[part], scale)
+
+
 class DecodeAttention:
     """Attention of one new token per row: `plan` once per step, `attend` in every layer.
 
@@ -46,27 +98,30 @@ class DecodeAttention:
     """
 
     def __init__(
-        self, device: Device, dtype: torch.dtype, state: SlotState, num_heads: int, num_kv_heads: int, head_dim: int
+        self,
+        device: Device,
+        dtype: torch.dtype,
+        state: SlotState,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        fixed_split_tokens: int = 0,
     ) -> None:
+        """`fixed_split_tokens` as in `AttentionWorkspace`; in float32, any but 0: each row is computed alone."""
         self.pdl = True
         self._state = state
-        self._workspace: AttentionWorkspace | None = None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
-        max_rows = state.num_known.numel()
-        if dtype != torch.float32:
-            variant = ATTENTION_VARIANT if head_dim == 128 else 0
-            grid = device.native.attention_grid(head_dim, variant)[0]
-            self._workspace = AttentionWorkspace(
-                device.torch_device,
-                max_rows=max_rows,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                max_context_len=state.token_ids.shape[1],
-                variant=variant,
-                num_blocks=device.num_sms * grid,
-                module=device.native,
-            )
+        self._is_alone = fixed_split_tokens > 0
+        self._workspace = attention_workspace(
+            device,
+            dtype,
+            max_rows=state.num_known.numel(),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_context_len=state.token_ids.shape[1],
+            fixed_split_tokens=fixed_split_tokens,
+        )
 
     @property
     def has_kernel(self) -> bool:
@@ -85,15 +140,12 @@ class DecodeAttention:
         tables = self._state.block_tables
         if self._workspace is not None:
             self._workspace.attend(out, query, cache, tables, scale=scale, pdl=self.pdl)
-        else:
-            assert self._rows is not None
-            slots, lens = self._rows
-            # As many rows at a time as gather what one of the longest possible does.
-            at_once = max(1, self._state.token_ids.shape[1] // max(1, int(lens.max())))
-            for begin in range(0, len(out), at_once):
-                part = slice(begin, begin + at_once)
-                part_tables = tables[slots[part].long()]
-                out[part] = padded_decode_attention(query[part], cache, part_tables, lens[part], scale)
+            return
+        assert self._rows is not None
+        slots, lens = self._rows
+        # As many rows at a time as gather what one of the longest possible does.
+        at_once = 1 if self._is_alone else max(1, self._state.token_ids.shape[1] // max(1, int(lens.max())))
+        attend_padded(out, query, cache, tables, slots, lens, scale, at_once)
 
 
 class Ops:
