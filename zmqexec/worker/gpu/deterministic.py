@@ -64,20 +64,20 @@ def _fixed(part: torch.Tensor) -> torch.Tensor:
     return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()
 
 
-def check_product(product: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, what: str) -> None:
+def check_product(product: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor, what: str) -> None:
     """`ConfigError` where a row's bits depend on its place among the FIXED_ROWS.
 
-    like  [1, in]  of the type and on the device of what is multiplied
+    weight  [out, in]  what `product` multiplies by
     """
-    generator = torch.Generator(like.device).manual_seed(0)
-    row = torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    row = torch.randn((1, weight.shape[1]), generator=generator, device=weight.device).to(weight.dtype)
     results = product(row.expand(FIXED_ROWS, -1).contiguous())
     bits = results.contiguous().view(torch.int16 if results.itemsize == 2 else torch.int32)
     if not torch.equal(bits, bits[:1].expand_as(bits)):
         raise ConfigError(
             f"deterministic: the product with {what} gives equal rows different bits by their place among "
-            f"{FIXED_ROWS}, so this GPU's matrix library cannot keep the promise in {like.dtype}; use another dtype or "
-            "build of torch, or turn it off",
+            f"{FIXED_ROWS}, so this GPU's matrix library cannot keep the promise in {weight.dtype}; use another dtype "
+            "or build of torch, or turn it off",
             "deterministic",
         )
 
@@ -121,7 +121,7 @@ class PrefillAttention:
     """Attention of prefills by the decodes' kernel, split where theirs are.
 
     A chunk is cut into rows of as many tokens as the kernel computes at a time. Those share what they load, but each
-    has the bits of a row of its own: tokens that it does not see add exact zeros.
+    has the bits of a row of its own: tokens that it does not see add exact zeros, as long as their values are finite.
     """
 
     def __init__(

@@ -142,9 +142,9 @@ class GpuLlama:
             "down": (layer.down, layer.down_bias),
         }
         for name, (weight, bias) in pairs.items():
-            check_product(lambda x, w=weight, b=bias: linear(x, w, b), weight[:1], f"{name} {list(weight.shape)}")  # type: ignore[misc]
+            check_product(lambda x, w=weight, b=bias: linear(x, w, b), weight, f"{name} {list(weight.shape)}")  # type: ignore[misc]
         lm_head = weights.lm_head
-        check_product(lambda x: wide_logits(x, lm_head), lm_head[:1], f"lm_head {list(lm_head.shape)}")
+        check_product(lambda x: wide_logits(x, lm_head), lm_head, f"lm_head {list(lm_head.shape)}")
 
     def _rows(self, product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return by_fixed_rows(product, x) if self._deterministic else product(x)
