@@ -51,6 +51,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     enable_prefix_caching   keep the KV of finished prompts for later prompts that begin alike
     enable_chunked_prefill  split long prompts over steps, so that running sequences are not held up
     cuda_graphs             replay decode steps on a GPU from graphs captured at start-up; off for debugging
+    deterministic           a request gives the same bits whatever else runs and however its steps are cut; slower
+    check_ranks             compare the tokens that every rank samples, after each step, and fail where they differ
     executor                multiproc: a process per rank; inline: in this process, one rank, for debugging
     run_ahead               steps published before the result of an earlier one is known; 0 for debugging
     seed                    seed of requests that bring none; default: from the operating system
@@ -80,6 +82,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     cuda_graphs: bool = True
+    deterministic: bool = False
+    check_ranks: bool = False
     executor: Literal["auto", "inline", "multiproc"] = "auto"
     run_ahead: Annotated[int, Meta(ge=0, le=4)] = 1
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None

@@ -57,8 +57,8 @@ class StepDriver:
         self._step_id = 0
         self.tokens: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
+        self._admitted: dict[int, int] = {}  # tokens that prefills compute, as the scheduler has it
         self._blocks: dict[int, list[int]] = {}
-        self._num_admitted: dict[int, int] = {}  # tokens that prefills compute, as the scheduler has it
         self._admissions: list[Admission] = []
         self.logprobs: dict[int, list[Logprobs]] = {}
         self.prompt_logprobs: dict[int, list[Logprobs]] = {}
@@ -69,7 +69,7 @@ class StepDriver:
         """Put a sequence into `slot` with the next step."""
         blocks = [self._free.pop() for _ in range(-(-len(tokens) // self._block_size))]
         self.tokens[slot], self._blocks[slot], self.computed[slot] = list(tokens), blocks, 0
-        self._num_admitted[slot] = len(tokens)
+        self._admitted[slot] = len(tokens)
         self.logprobs[slot], self.prompt_logprobs[slot] = [], []
         self._admissions.append(
             Admission(
@@ -82,17 +82,24 @@ class StepDriver:
             )
         )
 
-    def admit_with_prefix(self, slot: int, tokens: list[int], donor: int, num_shared_blocks: int) -> None:
+    def admit_with_prefix(
+        self, slot: int, tokens: list[int], donor: int, num_shared_blocks: int, sampling: Sampling | None = None
+    ) -> None:
         """As `admit`, with the first blocks of `donor`'s cache."""
         shared = self._blocks[donor][:num_shared_blocks]
         own = [self._free.pop() for _ in range(-(-len(tokens) // self._block_size) - num_shared_blocks)]
         self.tokens[slot], self._blocks[slot] = list(tokens), shared + own
-        self._num_admitted[slot] = len(tokens)
         self.computed[slot] = num_shared_blocks * self._block_size
+        self._admitted[slot] = len(tokens)
         self.logprobs[slot], self.prompt_logprobs[slot] = [], []
         self._admissions.append(
-            Admission(slot, pack(tokens), len(tokens), self.computed[slot], pack(shared + own), None)
+            Admission(slot, pack(tokens), len(tokens), self.computed[slot], pack(shared + own), sampling)
         )
+
+    def cache_rows(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block of each computed token of `slot`, and its place in the block."""
+        positions = torch.arange(self.computed[slot])
+        return torch.tensor(self._blocks[slot])[positions // self._block_size], positions % self._block_size
 
     def release(self, slot: int) -> None:
         """Give the slot's blocks back; the runner is not told."""
@@ -136,7 +143,7 @@ class StepDriver:
             prefills, decodes, left = {}, [], budget
             for slot in waiting:
                 missing = len(self.tokens[slot]) - self.computed[slot]
-                if self.computed[slot] >= self._num_admitted[slot]:
+                if missing == 1 and len(self.tokens[slot]) > self._admitted[slot]:
                     decodes.append(slot)
                 elif left:
                     prefills[slot] = min(missing, chunk, left)

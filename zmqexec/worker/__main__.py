@@ -201,6 +201,7 @@ class Worker:
                 arguments["store_fd"],
                 arguments["collective_timeout_s"],
                 join_timeout_s=arguments["join_timeout_s"],
+                in_rank_order=load.config.deterministic,
             )
         # A new thread's device is GPU 0: a call of CUDA there may make every other rank a second context.
         self._outputs = OutputThread(

@@ -9,6 +9,7 @@ the next step's decode row reads it from here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,22 @@ class Rows:
     def num_prefill_tokens(self) -> int:
         """How many of the tokens belong to prefills."""
         return len(self.token_ids) - len(self.decode_slots)
+
+    def one_by_one(self) -> Iterator[Rows]:
+        """Each token as a decode step of its own, in an order in which it finds the tokens before it in the cache."""
+        slots = [prefill.slot for prefill in self.prefills for _ in range(prefill.start, prefill.stop)]
+        for row, slot in enumerate([*slots, *self.decode_slots.tolist()]):
+            one = slice(row, row + 1)
+            yield Rows(
+                token_ids=self.token_ids[one],
+                positions=self.positions[one],
+                num_prompt=self.num_prompt[one],
+                slot_mapping=self.slot_mapping[one],
+                prefills=[],
+                decode_slots=np.array([slot]),
+                sample_slots=np.array([slot]),
+                sample_rows=np.zeros(1, np.int64),
+            )
 
 
 class Batch:

@@ -37,7 +37,9 @@ class Filters:
         return Filters(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 
-def choose(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:
+def choose(
+    logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor, rows_at_once: int = ROWS_AT_ONCE
+) -> torch.Tensor:
     """The token of each row.
 
     logits    [num_rows, vocab]  float32
@@ -46,7 +48,7 @@ def choose(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> to
     """
     chosen = [
         _choose(logits[part], filters.rows(part), uniforms[part])
-        for part in (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(logits), ROWS_AT_ONCE))
+        for part in (slice(start, start + rows_at_once) for start in range(0, len(logits), rows_at_once))
     ]
     return torch.cat(chosen)
 

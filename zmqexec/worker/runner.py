@@ -15,15 +15,27 @@ from zmqexec.cache_size import cpu_cache_bytes
 from zmqexec.errors import ConfigError, InternalError
 from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config
 from zmqexec.protocol import LoadModel, StepInput, StepOutput
-from zmqexec.worker.batch import Batch
+from zmqexec.worker.batch import Batch, Rows
+from zmqexec.worker.check_ranks import check_ranks
 from zmqexec.worker.collectives import Collectives, PhasedCollectives
 from zmqexec.worker.kernels.plan import DecodePlanner
 from zmqexec.worker.kv_cache import KVCache
 from zmqexec.worker.models.llama import LlamaModel
 from zmqexec.worker.models.weights import LlamaWeights, RandomSource, SafetensorsSource, TensorSource, load_weights
-from zmqexec.worker.sampler import Sampled, Sampler
+from zmqexec.worker.sampler import HasLogits, Sampled, Sampler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class RowByRow:
+    """The logits of `inner`, each row computed by itself."""
+
+    def __init__(self, inner: HasLogits) -> None:
+        self._inner = inner
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `HasLogits.logits`, of at least one row."""
+        return torch.cat([self._inner.logits(row) for row in torch.split(hidden, 1)])
 
 
 class ModelRunner:
@@ -31,6 +43,9 @@ class ModelRunner:
 
     Every rank runs every step and gets the same token ids; log-probabilities are built on rank 0 alone. `collectives`
     stays the caller's to close. `on_phase` is told what the rank is doing.
+
+    A deterministic one computes every token as a decode step of its own: torch's products and attention, and even the
+    elements of one tensor, are then computed by the same calls with the same shapes, whatever the step.
     """
 
     def __init__(
@@ -49,6 +64,7 @@ class ModelRunner:
             self._sharding.vocab.start,
             self._collectives,
             wants_logprobs=collectives.rank == 0,
+            one_at_a_time=load.config.deterministic,
         )
         self._model: LlamaModel | None = None
         self._cache: KVCache | None = None
@@ -86,9 +102,12 @@ class ModelRunner:
         self._batch = Batch(self._load.config.max_num_seqs, self._load.max_model_len, block_size, num_blocks)
 
     def run(self, step: StepInput) -> StepOutput:
-        """Compute one step. `InternalError` where the step does not fit the steps before it."""
+        """Compute one step. `InternalError` where the step does not fit the steps before it, or as `check_ranks`."""
         with torch.inference_mode():
             sampled = self._run(step)
+            if self._load.config.check_ranks and self._collectives.tp_size > 1:
+                of_ranks = self._collectives.all_gather(torch.from_numpy(sampled.token_ids))
+                check_ranks(step.step_id, of_ranks.numpy())
         return StepOutput(
             epoch=step.epoch,
             step_id=step.step_id,
@@ -103,10 +122,22 @@ class ModelRunner:
         batch = self._batch
         rows = batch.begin(step)
         self._collectives.enter(Phase.PREFILL if rows.prefills else Phase.DECODE)
-        decodes = rows.decode_slots
-        plan = self._planner.plan(batch.block_tables[decodes], batch.num_known[decodes])
-        hidden = self._model.forward(rows, self._cache, plan)
+        hidden = self._forward(rows, self._model, self._cache, self._planner, batch)
         self._collectives.enter(Phase.SAMPLING)
-        sampled = self._sampler.sample(self._model, hidden, rows, batch)
+        model = RowByRow(self._model) if self._load.config.deterministic else self._model
+        sampled = self._sampler.sample(model, hidden, rows, batch)
         batch.finish(rows, sampled.token_ids)
         return sampled
+
+    def _forward(
+        self, rows: Rows, model: LlamaModel, cache: KVCache, planner: DecodePlanner, batch: Batch
+    ) -> torch.Tensor:
+        """[num_tokens, hidden] of the step's tokens."""
+        decodes = rows.decode_slots
+        if not self._load.config.deterministic:
+            return model.forward(rows, cache, planner.plan(batch.block_tables[decodes], batch.num_known[decodes]))
+        hidden = []
+        for one in rows.one_by_one():
+            contexts = one.positions.numpy() + 1
+            hidden.append(model.forward(one, cache, planner.plan(batch.block_tables[one.decode_slots], contexts)))
+        return torch.cat(hidden)

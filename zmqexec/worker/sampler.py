@@ -19,7 +19,7 @@ import torch
 from zmqexec.config import GREEDY_BELOW
 from zmqexec.protocol import Logprobs, Sampling
 from zmqexec.worker.batch import Batch, Prefill, Rows
-from zmqexec.worker.choose import Filters, choose
+from zmqexec.worker.choose import ROWS_AT_ONCE, Filters, choose
 from zmqexec.worker.collectives import Collectives
 from zmqexec.worker.logprobs import POSITIONS_AT_ONCE, LogprobsBuilder
 from zmqexec.worker.philox import uniforms
@@ -47,13 +47,26 @@ class Sampled:
 
 
 class Sampler:
-    """Chooses the tokens of a step on one rank, whose columns of the logits begin with token id `vocab_start`."""
+    """Chooses the tokens of a step on one rank, whose columns of the logits begin with token id `vocab_start`.
 
-    def __init__(self, vocab_size: int, vocab_start: int, collectives: Collectives, *, wants_logprobs: bool) -> None:
+    one_at_a_time  each row's random choice and log-probabilities are computed alone, so that their bits are its own: in
+                   a larger tensor the last elements may be computed by other instructions than the rest
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        vocab_start: int,
+        collectives: Collectives,
+        *,
+        wants_logprobs: bool,
+        one_at_a_time: bool = False,
+    ) -> None:
         self._vocab_size = vocab_size
         self._vocab_start = vocab_start
         self._collectives = collectives
         self._wants_logprobs = wants_logprobs
+        self._one_at_a_time = one_at_a_time
 
     def sample(self, model: HasLogits, hidden: torch.Tensor, rows: Rows, batch: Batch) -> Sampled:
         """Tokens and log-probabilities of a step.
@@ -115,7 +128,9 @@ class Sampler:
                 batch.num_known[slots[random_rows]],
             )
             filters = make_filters(drawn, self._vocab_size)
-            tokens[random_rows] = choose(adjusted[random_rows], filters, torch.from_numpy(numbers))
+            tokens[random_rows] = choose(
+                adjusted[random_rows], filters, torch.from_numpy(numbers), 1 if self._one_at_a_time else ROWS_AT_ONCE
+            )
         logprobs = []
         for row, params in enumerate(sampling):
             if params.logprobs is not None and self._wants_logprobs:
@@ -154,7 +169,10 @@ class Sampler:
         logits = self._full_logits(model.logits(hidden[first : first + len(positions)]))
         if self._wants_logprobs:
             predicted = batch.token_ids[prefill.slot, positions.start + 1 : positions.stop + 1]
-            builder.add(logits, torch.from_numpy(predicted.astype(np.int64)))
+            chosen = torch.from_numpy(predicted.astype(np.int64))
+            at_once = 1 if self._one_at_a_time else len(chosen)
+            for part, part_chosen in zip(torch.split(logits, at_once), torch.split(chosen, at_once), strict=True):
+                builder.add(part, part_chosen)
 
 
 def is_plain(params: Sampling | None) -> bool:

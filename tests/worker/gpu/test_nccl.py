@@ -64,8 +64,8 @@ torch.cuda.current_stream = lambda: types.SimpleNamespace(cuda_stream=7)
 gpu_nccl.NcclCollectives.device_type = "cpu"
 gpu_nccl.CHECK_SIZES = (1, 1000, 5000)
 
-def join(timeout_s=30.0):
-    return gpu_nccl.NcclCollectives(rank, tp_size, store_fd, timeout_s, join_timeout_s=30.0)
+def join(timeout_s=30.0, **options):
+    return gpu_nccl.NcclCollectives(rank, tp_size, store_fd, timeout_s, join_timeout_s=30.0, **options)
 """
 
 
@@ -194,6 +194,41 @@ def test_where_one_shot_does_not_work_nccl_does_everything_and_the_reason_is_sai
     assert "all-reduces go through NCCL alone: " in results[0][2]
     assert reason in results[0][2]
     assert results[1][2] == ""
+
+
+IN_RANK_ORDER = """
+    gpu_nccl.ONE_SHOT_BYTES = {tp_size: 1 << 12}
+    group = join(in_rank_order=True)
+    if not has_one_shot:
+        group.one_shot.abort()
+        group.one_shot = None
+    def nccl_sums(tensor):
+        raise AssertionError("NCCL adds as it likes")
+    group.nccl_all_reduce_ = nccl_sums
+    generator = torch.Generator()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for rows in (1, 3, 40):
+            given = [torch.randn((rows, 100), generator=generator.manual_seed(r)).to(dtype) for r in range(tp_size)]
+            hidden = torch.randn((rows, 100), generator=generator).to(dtype)
+            total = given[0].float()
+            for part in given[1:]:
+                total = total + part.float()
+            assert torch.equal(group.all_reduce(given[rank].clone()), total.to(dtype))
+            added = hidden.clone()
+            group.all_reduce_residual_(added, given[rank].clone())
+            assert torch.equal(added, (total + hidden.float()).to(dtype))
+    print("done", flush=True)
+    group._gather("end", "")
+    group.close()
+"""
+
+
+@pytest.mark.parametrize("has_one_shot", [True, False])
+@pytest.mark.parametrize("tp_size", [2, 3])
+def test_sums_in_rank_order_are_rounded_once_whatever_their_size(tp_size, has_one_shot):
+    with Ranks(tp_size, f"has_one_shot = {has_one_shot}" + textwrap.dedent(IN_RANK_ORDER)) as ranks:
+        for code, stdout, stderr in ranks.results():
+            assert (code, stdout) == (0, "done\n"), stderr
 
 
 def test_a_rank_that_stops_is_named_by_health_and_close_returns():

@@ -231,6 +231,35 @@ def test_with_fixed_splits_a_row_does_not_depend_on_the_others(kernels_impl):
         assert torch.equal(out, whole[tokens])
 
 
+@pytest.mark.parametrize("group", [1, 3, 4, 16])
+def test_with_fixed_splits_tokens_of_one_row_have_the_bits_of_rows_of_their_own(kernels_impl, group):
+    """Also where a token sees nothing of the row's last split; keys behind it are another's business."""
+    options = {"group": group, "num_kv_heads": 2, "dtype": torch.bfloat16}
+    query_len = max(2, 16 // group)
+    together = Batch([130, 300, 16], [query_len, query_len, 2], **options)
+    whole = together.run(kernels_impl, num_blocks=3, fixed_split_tokens=64)
+    contexts, slots = [], []
+    for row, (context, count) in enumerate(zip(together.contexts, together.query_lens, strict=True)):
+        contexts += range(context - count + 1, context + 1)
+        slots += [together.tensors["row_slots"][row]] * count
+    single = Batch(contexts, [1] * len(contexts), **options)
+    for name in ("query", "cache", "block_tables"):
+        single.tensors[name] = together.tensors[name]
+    single.tensors["row_slots"] = torch.stack(slots)
+    assert torch.equal(single.run(kernels_impl, num_blocks=7, fixed_split_tokens=64), whole)
+
+
+def test_without_fixed_splits_a_row_does_depend_on_the_others(kernels_impl):
+    lone = Batch([700], [1], dtype=torch.float16)
+    together = Batch([700, 700, 700], [1, 1, 1], dtype=torch.float16)
+    for name in ("query", "cache", "block_tables"):
+        tensor = lone.tensors[name]
+        together.tensors[name] = tensor.expand(3, -1, -1).clone() if name == "query" else tensor
+    together.tensors["row_slots"] = lone.tensors["row_slots"].expand(3).clone()
+    whole = together.run(kernels_impl, num_blocks=8)
+    assert not torch.equal(lone.run(kernels_impl, num_blocks=8)[0], whole[0])
+
+
 def test_wrong_arguments_are_named(kernels_impl):
     shape = {"max_rows": 4, "num_kv_heads": 2, "head_dim": 64, "max_context_len": 64, "num_blocks": 2}
     with pytest.raises(InternalError, match="no paged attention for 3 heads, 2 KV heads of 64"):

@@ -12,10 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from zmqexec.worker.kernels import reference
+
+
+class PrefillContexts(Protocol):
+    """Prefills of a step that are attended together."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of all of them."""
+        ...
+
+    def attend(self, out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> None:
+        """As `Contexts.attend`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,44 @@ class Contexts:
     blocks: torch.Tensor | None
     offsets: torch.Tensor | None
 
+    def attend(self, out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> None:
+        """Causal attention of the chunks, each of whose queries sees its sequence up to itself.
+
+        out    [num_tokens, num_heads, head_dim]
+        qkv    [num_tokens, num_heads + 2 · num_kv_heads, head_dim]  rotated
+        cache  [num_blocks, 2, num_kv_heads, block_size, head_dim]   holds the chunks' keys and values already
+        """
+        num_kv_heads = cache.shape[2]
+        query = qkv[:, :num_heads]
+        if self.blocks is None:
+            keys, values = qkv[:, num_heads : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
+        else:
+            keys = cache[self.blocks, 0, :, self.offsets]
+            values = cache[self.blocks, 1, :, self.offsets]
+        if query.is_cuda and query.dtype != torch.float32:
+            out.copy_(
+                torch.ops.aten._flash_attention_forward(
+                    query=query,
+                    key=keys,
+                    value=values,
+                    cum_seq_q=self.cu_query,
+                    cum_seq_k=self.cu_context,
+                    max_q=max(self.query_lens),
+                    max_k=max(self.context_lens),
+                    dropout_p=0.0,
+                    is_causal=True,
+                    return_debug_mask=False,
+                    scale=scale,
+                )[0]
+            )
+            return
+        begin = context_begin = 0
+        for query_len, context_len in zip(self.query_lens, self.context_lens, strict=True):
+            chunk, context = slice(begin, begin + query_len), slice(context_begin, context_begin + context_len)
+            kv = torch.stack([keys[context], values[context]], dim=1)
+            out[chunk] = reference.prefill_attention(query[chunk], kv, scale)
+            begin, context_begin = chunk.stop, context.stop
+
 
 def groups_of(context_lens: Sequence[int], most: int) -> list[range]:
     """Consecutive chunks in groups whose contexts have at most `most` tokens together; a longer one is alone."""
@@ -52,44 +104,3 @@ def groups_of(context_lens: Sequence[int], most: int) -> list[range]:
             groups.append(range(index, index + 1))
             total = length
     return groups
-
-
-def attend_prefills(
-    out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, contexts: Contexts, scale: float
-) -> None:
-    """Causal attention of the chunks, each of whose queries sees its sequence up to itself.
-
-    out    [num_tokens, num_heads, head_dim]
-    qkv    [num_tokens, num_heads + 2 · num_kv_heads, head_dim]  rotated
-    cache  [num_blocks, 2, num_kv_heads, block_size, head_dim]   holds the chunks' keys and values already
-    """
-    num_kv_heads = cache.shape[2]
-    query = qkv[:, :num_heads]
-    if contexts.blocks is None:
-        keys, values = qkv[:, num_heads : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
-    else:
-        keys = cache[contexts.blocks, 0, :, contexts.offsets]
-        values = cache[contexts.blocks, 1, :, contexts.offsets]
-    if query.is_cuda and query.dtype != torch.float32:
-        out.copy_(
-            torch.ops.aten._flash_attention_forward(
-                query=query,
-                key=keys,
-                value=values,
-                cum_seq_q=contexts.cu_query,
-                cum_seq_k=contexts.cu_context,
-                max_q=max(contexts.query_lens),
-                max_k=max(contexts.context_lens),
-                dropout_p=0.0,
-                is_causal=True,
-                return_debug_mask=False,
-                scale=scale,
-            )[0]
-        )
-        return
-    begin = context_begin = 0
-    for query_len, context_len in zip(contexts.query_lens, contexts.context_lens, strict=True):
-        chunk, context = slice(begin, begin + query_len), slice(context_begin, context_begin + context_len)
-        kv = torch.stack([keys[context], values[context]], dim=1)
-        out[chunk] = reference.prefill_attention(query[chunk], kv, scale)
-        begin, context_begin = chunk.stop, context.stop

@@ -3,19 +3,21 @@
 Runs in: worker. `models/llama.py` is the same model in plain torch, and the truth for this one.
 
 A step of at most `SKINNY_ROWS` rows streams each weight once through `skinny_gemm`, with what surrounds the product
-fused into it: five kernels a layer. Larger ones use cuBLAS, and prefills torch's flash attention.
+fused into it: five kernels a layer. Larger ones use cuBLAS, and prefills torch's flash attention. A deterministic
+engine computes all steps as `deterministic.py` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import linear
 
 from zmqexec.model_config import ModelConfig, Sharding
-from zmqexec.worker.gpu.attention import Contexts, attend_prefills
+from zmqexec.worker.gpu.attention import PrefillContexts
 from zmqexec.worker.gpu.collectives import GpuCollectives
+from zmqexec.worker.gpu.deterministic import by_fixed_rows, check_product
 from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places, wide_logits
 from zmqexec.worker.gpu.pad_heads import pad_angles
 from zmqexec.worker.kernels.skinny_gemm import supported
@@ -38,9 +40,12 @@ class GpuLlama:
         ops: Ops,
         decode_attention: DecodeAttention,
         head_dim: int,
+        *,
+        deterministic: bool = False,
     ) -> None:
         """`head_dim` is that of the weights, which may have been padded."""
         self._config = config
+        self._deterministic = deterministic
         self._eps = config.rms_norm_eps
         self._head_dim = head_dim
         self._num_heads = len(sharding.heads)
@@ -53,7 +58,9 @@ class GpuLlama:
         self._collectives = collectives
         self._ops = ops
         self._decode_attention = decode_attention
-        self._rotary = RotaryAngles(config.rope, config.head_dim, config.max_position_embeddings, max_model_len)
+        self._rotary = RotaryAngles(
+            config.rope, config.head_dim, config.max_position_embeddings, max_model_len, one_at_a_time=deterministic
+        )
         # An output token's angles depend on its position alone, whatever the rope.
         positions = torch.arange(max_model_len)
         cos, sin = self._rotary.at(positions, torch.zeros_like(positions))
@@ -70,7 +77,7 @@ class GpuLlama:
         return pad_angles(table, self._head_dim).to(self._weights.norm.device)
 
     def forward(
-        self, token_ids: torch.Tensor, places: Places, cache: list[torch.Tensor], contexts: Sequence[Contexts]
+        self, token_ids: torch.Tensor, places: Places, cache: list[torch.Tensor], contexts: Sequence[PrefillContexts]
     ) -> torch.Tensor:
         """Compute the tokens, leave their keys and values in `cache`; [num_tokens, hidden] before the last norm.
 
@@ -83,9 +90,9 @@ class GpuLlama:
         for layer, layer_cache in zip(self._weights.layers, cache, strict=True):
             normed = self._add_norm(hidden, partial, layer.input_norm)
             attended = self._attention(layer, normed, places, layer_cache, contexts)
-            normed = self._add_norm(hidden, linear(attended, layer.o, layer.o_bias), layer.post_norm)
-            inner = self._ops.silu_mul(linear(normed, layer.gate_up, layer.gate_up_bias))
-            partial = linear(inner, layer.down, layer.down_bias)
+            normed = self._add_norm(hidden, self._linear(attended, layer.o, layer.o_bias), layer.post_norm)
+            inner = self._ops.silu_mul(self._linear(normed, layer.gate_up, layer.gate_up_bias))
+            partial = self._linear(inner, layer.down, layer.down_bias)
         if partial is not None:
             self._settle(hidden, partial)
         return hidden
@@ -106,7 +113,8 @@ class GpuLlama:
                 hidden, weights.lm_head, None, norm=(weights.norm, self._eps), out=out, out_dtype=torch.float32
             )
         else:
-            logits = wide_logits(ops.rms_norm(hidden, weights.norm, self._eps), weights.lm_head)
+            normed = ops.rms_norm(hidden, weights.norm, self._eps)
+            logits = self._rows(lambda part: wide_logits(part, weights.lm_head), normed)
             logits = logits if out is None else out.copy_(logits)
         if len(self._held) < logits.shape[1]:
             logits[:, len(self._held) :] = -torch.inf
@@ -115,13 +123,34 @@ class GpuLlama:
     def _is_skinny(self, hidden: torch.Tensor) -> bool:
         """Whether all products of these rows go through `skinny_gemm`, on every rank: all call the same collectives."""
         num_rows, width = hidden.shape
-        if num_rows > SKINNY_ROWS:
+        if num_rows > SKINNY_ROWS or self._deterministic:
             return False
         weights = self._weights
         layer = weights.layers[0]
         shapes = [(weight.shape[0], weight.shape[1]) for weight in (layer.qkv, layer.o, weights.lm_head)]
         shapes += [shape for inner in self._inner_sizes for shape in ((2 * inner, width), (width, inner))]
         return all(supported(num_rows, rows, columns, hidden.dtype) for rows, columns in shapes)
+
+    def check_products(self) -> None:
+        """`ConfigError` where the matrix library cannot do what `deterministic` promises: each shape once."""
+        weights = self._weights
+        layer = weights.layers[0]
+        pairs = {
+            "qkv": (layer.qkv, layer.qkv_bias),
+            "o": (layer.o, layer.o_bias),
+            "gate_up": (layer.gate_up, layer.gate_up_bias),
+            "down": (layer.down, layer.down_bias),
+        }
+        for name, (weight, bias) in pairs.items():
+            check_product(lambda x, w=weight, b=bias: linear(x, w, b), weight, f"{name} {list(weight.shape)}")  # type: ignore[misc]
+        lm_head = weights.lm_head
+        check_product(lambda x: wide_logits(x, lm_head), lm_head, f"lm_head {list(lm_head.shape)}")
+
+    def _rows(self, product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return by_fixed_rows(product, x) if self._deterministic else product(x)
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._rows(lambda part: linear(part, weight, bias), x)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden]; each token's row is on one rank and zero on the others, so the sum is exact."""
@@ -135,6 +164,9 @@ class GpuLlama:
             return self._ops.rms_norm(hidden, weight, self._eps)
         if self._collectives.tp_size == 1:
             return self._ops.add_rms_norm_(hidden, partial, weight, self._eps)
+        if self._deterministic:
+            self._collectives.all_reduce_residual_(hidden, partial)
+            return self._ops.rms_norm(hidden, weight, self._eps)
         return self._collectives.all_reduce_residual_norm(hidden, partial, weight, self._eps)
 
     def _settle(self, hidden: torch.Tensor, partial: torch.Tensor) -> None:
@@ -149,16 +181,16 @@ class GpuLlama:
         normed: torch.Tensor,
         places: Places,
         cache: torch.Tensor,
-        contexts: Sequence[Contexts],
+        contexts: Sequence[PrefillContexts],
     ) -> torch.Tensor:
         num_heads = self._num_heads
-        qkv = linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
+        qkv = self._linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
         self._ops.rope_write_kv_(qkv, num_heads, cache, places)
         attended = torch.empty_like(qkv[:, :num_heads], memory_format=torch.contiguous_format)
         begin = 0
         for group in contexts:
             end = begin + group.num_tokens
-            attend_prefills(attended[begin:end], qkv[begin:end], num_heads, cache, group, self._scale)
+            group.attend(attended[begin:end], qkv[begin:end], num_heads, cache, self._scale)
             begin = end
         if begin < len(normed):
             self._decode_attention.attend(attended[begin:], qkv[begin:, :num_heads], cache, self._scale)

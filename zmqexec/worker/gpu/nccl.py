@@ -71,13 +71,27 @@ class NcclCollectives:
     Rank i uses the i-th visible GPU, which becomes the current device. All collectives run on torch's current stream
     and may be captured in CUDA graphs. Where a peer does not come, a one-shot all-reduce ends after `timeout_s` and
     `health` names the peer; NCCL waits until `close`. Joining raises `RuntimeError` after `join_timeout_s`.
+
+    in_rank_order  all sums of floating-point numbers, of any size, are taken in rank order, in float32, and rounded
+                   once: one-shot in pieces of its capacity, or of what NCCL gathers. Otherwise large ones are NCCL's,
+                   whose order depends on their size.
     """
 
     device_type = "cuda"  # tests emulate on the CPU
 
-    def __init__(self, rank: int, tp_size: int, store_fd: int, timeout_s: float, *, join_timeout_s: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        tp_size: int,
+        store_fd: int,
+        timeout_s: float,
+        *,
+        join_timeout_s: float,
+        in_rank_order: bool = False,
+    ) -> None:
         self.rank = rank
         self.tp_size = tp_size
+        self._in_rank_order = in_rank_order
         self.one_shot: OneShot | None = None
         """None: NCCL does everything."""
         self._timeout_s = timeout_s
@@ -106,6 +120,8 @@ class NcclCollectives:
         tensor = tensor.contiguous()
         if self.one_shot is not None and self.one_shot.takes(tensor):
             self.one_shot.all_reduce(tensor, tensor)
+        elif self._in_rank_order and tensor.dtype in NCCL_TOLERANCE:
+            self._sum_in_rank_order_(tensor, tensor, None)
         elif tensor.numel():
             self.nccl_all_reduce_(tensor)
         return tensor
@@ -115,10 +131,12 @@ class NcclCollectives:
 
         hidden, partial  one shape, contiguous; `hidden` the same on every rank
 
-        One-shot rounds once, NCCL rounds the sum first.
+        One-shot rounds once, and so does all that is `in_rank_order`; NCCL rounds the sum first.
         """
         if self.one_shot is not None and self.one_shot.takes(partial):
             self.one_shot.all_reduce_residual_(hidden, partial)
+        elif self._in_rank_order:
+            self._sum_in_rank_order_(hidden, partial, hidden)
         elif partial.numel():
             self.nccl_all_reduce_(partial)
             hidden.add_(partial)
@@ -135,6 +153,25 @@ class NcclCollectives:
             return self.one_shot.all_reduce_residual_norm(hidden, partial, weight, eps)
         self.all_reduce_residual_(hidden, partial)
         return kernels.rms_norm(hidden, weight, eps)
+
+    def _sum_in_rank_order_(self, out: torch.Tensor, partial: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """out = residual + the sum of all ranks' `partial`. One shape, contiguous; `out` may be one of the others."""
+        if not partial.numel():
+            return
+        if self.one_shot is None:
+            first, *others = self.all_gather(partial)
+            total = first.float()
+            for other in (*others, residual):
+                if other is not None:
+                    total += other
+            out.copy_(total)
+            return
+        at_once = self.one_shot.capacity // partial.itemsize
+        for to, part in zip(*(torch.split(each.view(-1), at_once) for each in (out, partial)), strict=True):
+            if residual is None:
+                self.one_shot.all_reduce(part, to)
+            else:
+                self.one_shot.all_reduce_residual_(to, part)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor: [tp_size, *tensor.shape]."""

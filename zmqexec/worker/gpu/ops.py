@@ -32,6 +32,38 @@ class Places:
     sin: torch.Tensor
 
 
+def attention_workspace(device: Device, launch: Launch, **sizes: int) -> AttentionWorkspace:
+    """The workspace of the attention kernel; `sizes` as there."""
+    return AttentionWorkspace(
+        device.torch_device,
+        **sizes,
+        variant=launch.variant,
+        num_blocks=device.num_sms * launch.blocks_per_sm,
+        module=device.native,
+    )
+
+
+def attend_padded(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    row_slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    at_once: int,
+) -> None:
+    """Attention of one token per row in plain torch, `at_once` rows at a time.
+
+    out, query               [num_rows, num_heads, head_dim]
+    row_slots, context_lens  [num_rows]  int32
+    """
+    for begin in range(0, len(out), at_once):
+        part = slice(begin, begin + at_once)
+        tables = block_tables[row_slots[part].long()]
+        out[part] = padded_decode_attention(query[part], cache, tables, context_lens[part], scale)
+
+
 class DecodeAttention:
     """Attention of one new token per row: `plan` once per step, `attend` in every layer.
 
@@ -42,30 +74,43 @@ class DecodeAttention:
     """
 
     def __init__(
-        self, device: Device, dtype: torch.dtype, state: SlotState, num_heads: int, num_kv_heads: int, head_dim: int
+        self,
+        device: Device,
+        dtype: torch.dtype,
+        state: SlotState,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        fixed_split_tokens: int = 0,
     ) -> None:
+        """`fixed_split_tokens` as in `AttentionWorkspace`; in float32, any but 0: each row is computed alone."""
         self.pdl = True
         self._state = state
-        self._workspaces: dict[Launch, AttentionWorkspace] = {}
-        self._workspace: AttentionWorkspace | None = None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
-        max_rows = state.num_known.numel()
+        self._is_alone = fixed_split_tokens > 0
         self._head_dim = head_dim
         self._native = device.native
-        if dtype != torch.float32:
-            for num_rows in (1, max_rows):
-                launch = choose_launch(head_dim, num_rows, device.native)
-                self._workspaces[launch] = AttentionWorkspace(
-                    device.torch_device,
-                    max_rows=max_rows,
-                    num_heads=num_heads,
-                    num_kv_heads=num_kv_heads,
-                    head_dim=head_dim,
-                    max_context_len=state.token_ids.shape[1],
-                    variant=launch.variant,
-                    num_blocks=device.num_sms * launch.blocks_per_sm,
-                    module=device.native,
-                )
+        self._workspace: AttentionWorkspace | None = None
+        self._workspaces = {
+            launch: attention_workspace(
+                device,
+                launch,
+                max_rows=state.num_known.numel(),
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                max_context_len=state.token_ids.shape[1],
+                fixed_split_tokens=fixed_split_tokens,
+            )
+            for launch in self._launches(state.num_known.numel() if dtype != torch.float32 else 0)
+        }
+
+    def _launches(self, max_rows: int) -> set[Launch]:
+        return {self._launch(num_rows) for num_rows in range(1, max_rows + 1)}
+
+    def _launch(self, num_rows: int) -> Launch:
+        """Each sums in an order of its own, and so all rows of a deterministic engine have the same."""
+        return choose_launch(self._head_dim, 1 if self._is_alone else num_rows, self._native)
 
     @property
     def has_kernel(self) -> bool:
@@ -75,7 +120,7 @@ class DecodeAttention:
     def plan(self, row_slots: torch.Tensor, context_lens: torch.Tensor) -> None:
         """row_slots, context_lens  [num_rows]  int32; a padded row has a context of 0."""
         if self._workspaces:
-            self._workspace = self._workspaces[choose_launch(self._head_dim, len(context_lens), self._native)]
+            self._workspace = self._workspaces[self._launch(len(context_lens))]
             self._workspace.plan(context_lens, row_slots, pdl=self.pdl)
         else:
             self._rows = row_slots, context_lens
@@ -85,15 +130,12 @@ class DecodeAttention:
         tables = self._state.block_tables
         if self._workspace is not None:
             self._workspace.attend(out, query, cache, tables, scale=scale, pdl=self.pdl)
-        else:
-            assert self._rows is not None
-            slots, lens = self._rows
-            # As many rows at a time as gather what one of the longest possible does.
-            at_once = max(1, self._state.token_ids.shape[1] // max(1, int(lens.max())))
-            for begin in range(0, len(out), at_once):
-                part = slice(begin, begin + at_once)
-                part_tables = tables[slots[part].long()]
-                out[part] = padded_decode_attention(query[part], cache, part_tables, lens[part], scale)
+            return
+        assert self._rows is not None
+        slots, lens = self._rows
+        # As many rows at a time as gather what one of the longest possible does.
+        at_once = 1 if self._is_alone else max(1, self._state.token_ids.shape[1] // max(1, int(lens.max())))
+        attend_padded(out, query, cache, tables, slots, lens, scale, at_once)
 
 
 class Ops:

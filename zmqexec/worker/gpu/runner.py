@@ -6,7 +6,8 @@ Runs in: worker.
 waits. So the next step is launched while this one runs, and the device never waits for Python.
 
     decode step    one small copy to the device, one graph, the sampler, one small copy back
-    other steps    the same kernels launched one by one; prefills through flash attention
+    other steps    the same kernels launched one by one; prefills through flash attention (`deterministic`: through the
+                   decodes' kernel)
     step in which a sequence wants what only the host's sampler can do (penalties, log-probabilities): waits for its
                    logits and samples on the host, exactly as on the CPU
 """
@@ -14,7 +15,7 @@ waits. So the next step is launched while this one runs, and the device never wa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,10 @@ from zmqexec.errors import InternalError
 from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config, padded_head_dim
 from zmqexec.protocol import LoadModel, StepInput, StepOutput
 from zmqexec.worker.batch import Batch, Prefill, Rows
-from zmqexec.worker.gpu.attention import Contexts, groups_of
+from zmqexec.worker.check_ranks import check_ranks
+from zmqexec.worker.gpu.attention import Contexts, PrefillContexts, groups_of
 from zmqexec.worker.gpu.collectives import GpuCollectives
+from zmqexec.worker.gpu.deterministic import PrefillAttention, split_tokens
 from zmqexec.worker.gpu.device import Device, Event
 from zmqexec.worker.gpu.graphs import DecodeGraphs, ladder
 from zmqexec.worker.gpu.host_sampling import HostCollectives, HostLogits
@@ -57,21 +60,27 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass
 class Pending:
-    """A step that has been launched. `result` waits for it, from any thread."""
+    """A step that has been launched. `result` waits for it, from any thread.
+
+    of_ranks  [tp_size, num_samples]  the tokens of every rank, where they are to be compared
+    """
 
     step: StepInput
     event: Event | None
     token_ids: Int32Array
     sampled: Sampled | None
     health: Callable[[], str | None]
+    of_ranks: Int32Array | None = None
 
     def result(self) -> StepOutput:
-        """What the step sampled. PeerMissing: a collective gave up on a peer."""
+        """What the step sampled. PeerMissing: a collective gave up on a peer. InternalError: as `check_ranks`."""
         if self.event is not None:
             self.event.synchronize()
         problem = self.health()
         if problem:
             raise PeerMissing(problem)
+        if self.of_ranks is not None:
+            check_ranks(self.step.step_id, self.of_ranks)
         return StepOutput(
             epoch=self.step.epoch,
             step_id=self.step.step_id,
@@ -102,11 +111,14 @@ class GpuRunner:
         self._head_dim = padded_head_dim(self._config.head_dim) if is_half else self._config.head_dim
         self._sharding = Sharding(self._config, collectives.rank, collectives.tp_size)
         self._ops = Ops(device)
+        self._deterministic = load.config.deterministic
+        self._checks_ranks = load.config.check_ranks and collectives.tp_size > 1
         self._host_sampler = Sampler(
             self._config.vocab_size,
             self._sharding.vocab.start,
             HostCollectives(collectives, device.torch_device),
             wants_logprobs=collectives.rank == 0,
+            one_at_a_time=self._deterministic,
         )
         self._model: GpuLlama | None = None
         self._cache: list[torch.Tensor] = []
@@ -118,7 +130,7 @@ class GpuRunner:
         """Load this rank's shard, calling `on_progress(done_bytes, total_bytes)`; returns bytes for the KV cache.
 
         `CheckpointError` where the checkpoint lacks a tensor or has one of an unsupported type. `ConfigError` where
-        the device's memory does not suffice.
+        the device's memory does not suffice, or its matrix library not for `deterministic`.
         """
         torch.set_num_threads(self._load.num_threads)
         config, collectives, device = self._config, self._collectives, self._device
@@ -136,7 +148,10 @@ class GpuRunner:
                 self._ops,
                 self._decode_attention,
                 self._head_dim,
+                deterministic=self._deterministic,
             )
+            if self._deterministic:
+                self._model.check_products()
             self._logits = torch.zeros(
                 (self._load.config.max_num_seqs, self._model.vocab_rows),
                 dtype=torch.float32,
@@ -167,9 +182,15 @@ class GpuRunner:
         self._out = torch.zeros(max_rows, dtype=torch.int32, device=where)
         self._staging = Staging(step_ints(max_rows, max_rows), engine.run_ahead, pinned=device.is_cuda)
         self._results = Staging(max_rows, engine.run_ahead, pinned=device.is_cuda)
-        self._decode_attention = DecodeAttention(
-            device, self._dtype, self._state, len(sharding.heads), len(sharding.kv_heads), self._head_dim
+        self._of_ranks = Staging(
+            max_rows * self._collectives.tp_size if self._checks_ranks else 0, engine.run_ahead, pinned=device.is_cuda
         )
+        heads = (len(sharding.heads), len(sharding.kv_heads), self._head_dim)
+        splits = split_tokens(self._state.token_ids.shape[1]) if self._deterministic else 0
+        self._decode_attention = DecodeAttention(device, self._dtype, self._state, *heads, splits)
+        self._prefill_attention: PrefillAttention | None = None
+        if self._deterministic:
+            self._prefill_attention = PrefillAttention(device, self._dtype, self._state, *heads)
         self._sampler = DeviceSampler(
             self._config.vocab_size, sharding.vocab.start, self._collectives, self._ops, max_rows, device
         )
@@ -193,7 +214,9 @@ class GpuRunner:
         blocks = torch.zeros(sum(context_lens), dtype=torch.int64, device=device)
         shape = (1, 2, len(self._sharding.kv_heads), engine.block_size, self._head_dim)
         cache = [torch.empty(shape, dtype=self._dtype, device=device)] * self._config.num_layers
-        contexts = Contexts(num_tokens, lens, context_lens, sums, context_sums, blocks, blocks)
+        contexts: PrefillContexts = Contexts(num_tokens, lens, context_lens, sums, context_sums, blocks, blocks)
+        if self._prefill_attention is not None:
+            contexts = self._prefill_attention.contexts([(0, 0, each) for each in lens], self._to_device)
         hidden = self._model.forward(zeros, places, cache, [contexts])
         self._sampler.whole(self._model.logits(hidden[: max(engine.max_num_seqs, POSITIONS_AT_ONCE)]))
 
@@ -334,13 +357,18 @@ class GpuRunner:
         if host_sampled or any(self._wants_prompt_logprobs(prefill.slot) for prefill in rows.prefills):
             self._on_phase(Phase.SAMPLING)
             host = self._host_sampler.sample(HostLogits(self._model), hidden, rows, self._batch)
+        sampled = slots
+        if host is not None and not self._deterministic:
             (sampled,) = self._to_device(host.token_ids)
         elif num_samples:
             (sample_rows,) = self._to_device(rows.sample_rows)
             logits = self._model.logits(hidden.index_select(0, sample_rows))
             sampled = self._sampler.sample(logits, slots, known, rows.sample_slots)
-        else:
-            sampled = slots
+            if host is not None:
+                # The host's random choices are the device's but for rounding: each row keeps to one of them, whatever
+                # its companions want.
+                token_ids, is_host = self._to_device(host.token_ids, self._host_sampled[rows.sample_slots])
+                sampled = torch.where(is_host.bool(), token_ids, sampled)
         if num_samples:
             self._ops.append(self._state, slots, known, sampled, self._out)
         self._batch.finish(rows, host.token_ids if host else np.zeros(num_samples, np.int64))
@@ -372,8 +400,11 @@ class GpuRunner:
             places = Places(slot_mapping, numbers, *own_angles)
         return self._model.forward(token_ids, places, self._cache, self._contexts(rows))
 
-    def _contexts(self, rows: Rows) -> list[Contexts]:
+    def _contexts(self, rows: Rows) -> Sequence[PrefillContexts]:
         """The step's prefills, in order, in groups of bounded memory."""
+        if self._prefill_attention is not None:
+            chunks = [(prefill.slot, prefill.start, prefill.stop) for prefill in rows.prefills]
+            return [self._prefill_attention.contexts(chunks, self._to_device)]
         most = max(self._load.max_model_len, self._load.config.max_num_batched_tokens)
         groups = groups_of([prefill.stop for prefill in rows.prefills], most)
         return [self._group(rows, rows.prefills[group.start : group.stop]) for group in groups]
@@ -424,4 +455,19 @@ class GpuRunner:
         result, ints = self._results.take()
         if num_samples:
             result[:num_samples].copy_(self._out[:num_samples], non_blocking=True)
-        return Pending(step, self._device.record(), ints[:num_samples], host, self._collectives.health)
+        of_ranks = self._gather_tokens(num_samples)
+        return Pending(step, self._device.record(), ints[:num_samples], host, self._collectives.health, of_ranks)
+
+    def _gather_tokens(self, num_samples: int) -> Int32Array | None:
+        """Begin to copy every rank's tokens to rank 0's host, where they are to be compared.
+
+        The other ranks have no memory for them: what tells when it is free again is rank 0's reply.
+        """
+        if not self._checks_ranks or not num_samples:
+            return None
+        gathered = self._collectives.all_gather(self._out[:num_samples])
+        if self._collectives.rank != 0:
+            return None
+        buffer, ints = self._of_ranks.take()
+        buffer[: gathered.numel()].copy_(gathered.view(-1), non_blocking=True)
+        return ints[: gathered.numel()].reshape(gathered.shape)

@@ -54,7 +54,8 @@ class AttentionWorkspace:
     max_context_len     of a row; matters with `fixed_split_tokens` only
     window              tokens that a query sees, itself included; 0: all
     fixed_split_tokens  multiple of 64; 0 splits contexts as fills the GPU best. Otherwise they are split at multiples
-                        of it, so that a row's result depends, to the bit, on nothing else in the batch
+                        of it, so that a row's result depends, to the bit, on nothing else in the batch, and a query
+                        token's not on how many share its row
     num_blocks          of the launch; None: as many as leave an SM's next kernel room beside them
     """
 

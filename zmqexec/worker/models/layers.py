@@ -33,7 +33,20 @@ class RotaryAngles:
     with dynamic NTK, cached blocks of a prompt longer than `max_position_embeddings` fit no other prompt length.
     """
 
-    def __init__(self, rope: RopeConfig, head_dim: int, max_position: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        rope: RopeConfig,
+        head_dim: int,
+        max_position: int,
+        max_model_len: int,
+        *,
+        one_at_a_time: bool = False,
+    ) -> None:
+        """`one_at_a_time`: of angles that differ from sequence to sequence, a token's have the same bits in any batch.
+
+        In a larger tensor the last elements may be computed by other instructions than the rest.
+        """
+        self._one_at_a_time = one_at_a_time and rope.rope_type == "dynamic"
         self._rope = rope
         self._head_dim = head_dim
         self._max_position = max_position
@@ -54,6 +67,9 @@ class RotaryAngles:
         if self._table is not None:
             cos, sin = self._table
             return cos.index_select(0, positions), sin.index_select(0, positions)
+        if self._one_at_a_time and len(positions) > 1:
+            each = [self.at(*one) for one in zip(torch.split(positions, 1), torch.split(num_prompt, 1), strict=True)]
+            return torch.cat([cos for cos, _ in each]), torch.cat([sin for _, sin in each])
         inverse = self._inverse
         if self._rope.rope_type == "dynamic":
             lengths = torch.maximum(positions + 1, num_prompt).clamp_(min=self._max_position)
