@@ -3,10 +3,12 @@
     python bench/throughput.py [--repetitions 5]
     python bench/throughput.py --geometry llama-2-7b --tp 1 2 --cases 128x512x128
 
-Without `--cases`: the CPU, beside transformers `generate` on the same batch with the same threads in all, every way
-taking turns (serving/cpu_comparison.py). With them: random weights and prompts on GPUs, where there are any; `generate`
-as a whole, prefill included, then vLLM and transformers on the same cases, each in a process of its own. The options
-are those of latency.py.
+With `--cases`, and on a machine with GPUs (there `--cases 256x512x128` is the default): random weights and prompts;
+`generate` as a whole, prefill included, then vLLM and transformers on the same cases, each in a process of its own. The
+options are those of latency.py.
+
+Else, or with `--device cpu`: the CPU, beside transformers `generate` on the same batch with the same threads in all,
+every way taking turns (serving/cpu_comparison.py).
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from serving.cases import Case
 from serving.children import search_here_last
 from serving.run import run
 from serving.setting import add_arguments
 
+from zmqexec.driver.gpus import num_visible_gpus, torch_cuda_version
+
 CPU_RESULT = Path(__file__).parent / "results" / "throughput-cpu.json"
 CPU_REPETITIONS = 5
 GPU_REPETITIONS = 3
+GPU_CASES = ["256x512x128"]
 QUESTION = "output tokens per second of a whole call with random prompts, greedy, on random weights"
 
 
@@ -32,6 +38,9 @@ def main() -> None:
     add_arguments(parser, default_cases=[], repetitions=0)
     parser.add_argument("--output", type=Path, default=CPU_RESULT, help="JSON of the CPU's comparison")
     arguments = parser.parse_args()
+    has_gpus = num_visible_gpus() > 0 and torch_cuda_version() is not None
+    if not arguments.cases and has_gpus and arguments.device != "cpu":
+        arguments.cases = [Case.parse(case) for case in GPU_CASES]
     if not arguments.cases:
         search_here_last()
         # It imports torch, which whoever drives an engine on GPUs does not.
