@@ -210,6 +210,26 @@ def test_padding_and_graphs_change_no_bit(folder, case, device, subject):
     expected.assert_same(engine.outcome(5))
 
 
+def test_a_request_keeps_to_one_sampler_whatever_its_companions_want(folder, case, device):
+    """The host's random choices are the device's but for rounding."""
+    sampling = SUBJECTS["random"]
+    expected = Engine(folder, case, device).alone(sampling)
+    engine = Engine(folder, case, device)
+    (runner,) = engine.driver.runners
+    sample = runner._host_sampler.sample
+
+    def otherwise(model, hidden, rows, batch):
+        sampled = sample(model, hidden, rows, batch)
+        sampled.token_ids[rows.sample_slots == 6] += 1
+        return sampled
+
+    runner._host_sampler.sample = otherwise
+    engine.companions(0)
+    engine.driver.admit(6, engine.prompt, sampling)
+    engine.driver.generate(NUM_TOKENS)
+    expected.assert_same(engine.outcome(6))
+
+
 class Eager:
     """A device whose graphs launch their work anew."""
 
@@ -247,7 +267,7 @@ def test_products_of_fixed_rows_see_one_shape_and_zeros_for_what_is_missing(num_
     assert torch.cat(seen)[num_rows:].eq(0).all()
 
 
-def test_in_float32_the_shape_of_a_product_decides_its_bits_and_fixed_rows_do_not():
+def test_a_row_of_fixed_rows_has_the_same_bits_beside_any_number_of_others():
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 64, generator=generator) for rows in (100, 240))
 

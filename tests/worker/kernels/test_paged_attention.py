@@ -231,12 +231,14 @@ def test_with_fixed_splits_a_row_does_not_depend_on_the_others(kernels_impl):
         assert torch.equal(out, whole[tokens])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [1, 3, 4, 16])
-def test_with_fixed_splits_tokens_of_one_row_have_the_bits_of_rows_of_their_own(kernels_impl, group):
-    """Also where a token sees nothing of the row's last split; keys behind it are another's business."""
-    options = {"group": group, "num_kv_heads": 2, "dtype": torch.bfloat16}
+def test_with_fixed_splits_tokens_of_one_row_have_the_bits_of_rows_of_their_own(kernels_impl, group, dtype):
+    """Also where a token sees nothing of the row's last split, and where those behind it have by far larger values."""
     query_len = max(2, 16 // group)
+    options = {"group": group, "num_kv_heads": 2, "dtype": dtype, "sharpness": 3.0}
     together = Batch([130, 300, 16], [query_len, query_len, 2], **options)
+    together.tensors["cache"][:, 1, :, 1::3] *= 1024
     whole = together.run(kernels_impl, num_blocks=3, fixed_split_tokens=64)
     contexts, slots = [], []
     for row, (context, count) in enumerate(zip(together.contexts, together.query_lens, strict=True)):

@@ -1,13 +1,14 @@
 """What a deterministic engine computes otherwise, so that a token's bits are its own.
 
 Runs in: worker. A token's bits must not depend on how many rows the step has, nor on whether it is a row of a prefill,
-of a decode or of a graph. Norms, rotations, activations and sampling are so anyway: a kernel of ours computes each row
-by itself. Three things are not:
+of a decode or of a graph. Norms, rotations, activations and the device's sampler are so anyway: a kernel of ours
+computes each row by itself. The rest is not:
 
     matrix products   the library picks its algorithm by the shape: here all of them have FIXED_ROWS rows
     attention         a context is split as the batch wants it: here at multiples of `split_tokens`, and prefills go
                       through the decodes' kernel
-    sums over ranks   in rank order, in float32, rounded once: `NcclCollectives(in_rank_order=True)`
+    sums over ranks   large ones are NCCL's: here `NcclCollectives(in_rank_order=True)`
+    the host's part   angles of dynamic NTK, random choices and log-probabilities: `one_at_a_time`
 """
 
 from __future__ import annotations
