@@ -286,11 +286,13 @@ class EngineFailed(Message, tag=3, frozen=True):
     error: ErrorInfo
 
 
-class RequestUpdate(Message, frozen=True):
+class RequestUpdate(Message, frozen=True, gc=False):
     """New tokens of one sequence, in order; the last update has a `finish_reason`.
 
     finish_reason  stop | length | abort, or None while it runs
     stop_reason    the stop token id that ended it, None for an end token of the model
+
+    There are hundreds of these in a step, and none can be part of a cycle: no garbage collector needs to see them.
     """
 
     request_id: str
@@ -299,8 +301,8 @@ class RequestUpdate(Message, frozen=True):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     queue_s: float = 0.0
-    logprobs: list[Logprobs] = []
-    prompt_logprobs: list[Logprobs] = []
+    logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 class EngineStats(Message, frozen=True):
