@@ -208,6 +208,47 @@ def test_new_blocks_may_come_beside_the_admission_and_several_at_a_time(truth, d
     assert tokens == expected.tokens
 
 
+def test_a_step_of_the_same_sequences_and_blocks_sends_the_device_nothing(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    driver = StepDriver([make_gpu_runner(tmp_path)], BLOCK_SIZE, NUM_BLOCKS)
+    staging = driver.runners[0]._staging
+    copies = []
+    monkeypatch.setattr(staging, "take", lambda take=staging.take: copies.append(driver.computed[0]) or take())
+    for slot in (0, 1):
+        driver.admit(slot, [1 + slot] * 12)
+    driver.step({0: 12, 1: 12}, [])
+    for _ in range(8):
+        driver.step({}, [0, 1])
+    # At first; at 16 the new blocks, and then that there are none.
+    assert copies == [12, 16, 17]
+    driver.step({}, [1])
+    driver.step({}, [0, 1])
+    assert copies == [12, 16, 17, 20, 20]
+
+
+def test_a_sequence_in_the_slot_of_another_is_sampled_in_its_own_way(tmp_path):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    prompt = [4, 5]
+    ways = [None, Sampling(temperature=50.0, seed=1), Sampling(logit_bias={7: 1000.0})]
+
+    def generate(way):
+        alone = StepDriver([make_gpu_runner(tmp_path)], BLOCK_SIZE, NUM_BLOCKS)
+        alone.admit(0, prompt, way)
+        return alone.generate(NUM_TOKENS)[0]
+
+    expected = [generate(way) for way in ways]
+    assert all(expected[one] != expected[other] for one, other in [(0, 1), (1, 2), (2, 0)])
+    driver = StepDriver([make_gpu_runner(tmp_path)], BLOCK_SIZE, NUM_BLOCKS)
+    driver.admit(0, [1])
+    driver.step({0: 1}, [])
+    for which in (0, 1, 2, 0):  # the same slots decode all along
+        driver.admit(1, prompt, ways[which])
+        driver.step({1: len(prompt)}, [])
+        for _ in range(NUM_TOKENS - 1):
+            driver.step({}, [0, 1])
+        assert driver.tokens[1][len(prompt) :] == expected[which]
+
+
 def test_many_prompts_behind_one_cached_prefix_give_the_same_tokens_in_bounded_memory(truth, device):
     if truth.model.config.rope_parameters["rope_type"] == "dynamic":
         pytest.skip("prompts beyond the model's own length share no cache")
