@@ -65,7 +65,7 @@ class Sample:
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self._matcher: StopMatcher | None = None
-        if params.stop:
+        if params.stop_strings:
             self._matcher = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
         self._decoder: IncrementalDecoder | None = None
         if request.tokenizer is not None:

@@ -69,7 +69,7 @@ class LoadModel(Message, tag=1, frozen=True):
 
 
 class InitCache(Message, tag=2, frozen=True):
-    """Allocate the KV cache. Answered by `CacheReady`."""
+    """Allocate the KV cache, on a GPU capture graphs. Answered by `CacheReady`, there preceded by `CaptureProgress`."""
 
     epoch: int
     num_blocks: int
@@ -168,8 +168,16 @@ class ModelLoaded(Message, tag=3, frozen=True):
     kv_cache_bytes: int
 
 
+class CaptureProgress(Message, tag=7, frozen=True):
+    """CUDA graphs captured so far, of all that this rank captures."""
+
+    epoch: int
+    done: int
+    total: int
+
+
 class CacheReady(Message, tag=4, frozen=True):
-    """The KV cache is allocated; steps may come."""
+    """The KV cache is allocated and graphs are captured; steps may come."""
 
     epoch: int
 
@@ -211,7 +219,7 @@ class Failure(Message, tag=6, frozen=True):
     error: ErrorInfo
 
 
-ToDriver = Hello | LoadProgress | ModelLoaded | CacheReady | StepOutput | Failure
+ToDriver = Hello | LoadProgress | ModelLoaded | CaptureProgress | CacheReady | StepOutput | Failure
 
 
 # ── server → driver process ─────────────────────────────────────────────────────────────────────────────────────────

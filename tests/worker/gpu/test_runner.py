@@ -22,6 +22,21 @@ NUM_TOKENS = 8
 BLOCK_SIZE = 16
 
 
+class CapturingDevice(EmulatedDevice):
+    """Notes what it is to capture, once `is_cuda` says that it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_captured = 0
+
+    def capture(self, launch, pool):
+        self.num_captured += 1
+        return None, torch.empty(0)
+
+    def time_ms(self, work):
+        return 1.0
+
+
 class Truth:
     """A checkpoint on disk and what transformers generates from it."""
 
@@ -109,6 +124,20 @@ def test_an_error_of_sampling_without_a_peer_is_the_peers(tmp_path, monkeypatch)
     monkeypatch.setattr(runner._collectives, "health", lambda: "rank 1 did not join")
     with pytest.raises(PeerMissing, match="rank 1"):
         runner.submit(step)
+
+
+def test_captured_graphs_are_counted_for_whoever_waits(tmp_path, monkeypatch, capsys):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    device = CapturingDevice()
+    runner = make_gpu_runner(tmp_path, device=device, dtype="bfloat16", max_num_seqs=24)
+    assert capsys.readouterr().err == "", "an emulation captures nothing"
+    monkeypatch.setattr(device, "is_cuda", True)
+    monkeypatch.setattr("zmqexec.worker.gpu.runner.tune", lambda *_: None)
+    heard = []
+    runner.init_cache(NUM_BLOCKS, lambda done, total: heard.append((done, total, device.num_captured)))
+    num_graphs = 2 * len([1, 2, 4, 8, 16, 24])
+    assert heard == [(done, num_graphs, done) for done in range(num_graphs + 1)]
+    assert f"captured {num_graphs} CUDA graphs in " in capsys.readouterr().err
 
 
 def test_chunks_beside_running_decodes_give_the_same_tokens(truth, device):

@@ -14,6 +14,9 @@ waits. So the next step is launched while this one runs, and the device never wa
 
 from __future__ import annotations
 
+import itertools
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +212,11 @@ class GpuRunner:
         hidden = self._model.forward(zeros, places, cache, [contexts])
         self._sampler.whole(self._model.logits(hidden[: max(engine.max_num_seqs, POSITIONS_AT_ONCE)]))
 
-    def init_cache(self, num_blocks: int) -> None:
-        """Allocate a KV cache of `num_blocks` blocks and capture the graphs. `ConfigError`: out of memory."""
+    def init_cache(self, num_blocks: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Allocate a KV cache of `num_blocks` blocks and capture graphs, calling `on_progress(captured, all of them)`.
+
+        `ConfigError` where the device's memory does not suffice.
+        """
         assert self._model is not None
         engine, config, device = self._load.config, self._config, self._device
         shape = (num_blocks, 2, len(self._sharding.kv_heads), engine.block_size, self._head_dim)
@@ -223,20 +229,29 @@ class GpuRunner:
             self._host_sampled = np.zeros(engine.max_num_seqs, np.bool_)
             self._decoding: Decoding | None = None
             with out_of_memory(device, "capturing CUDA graphs"):
-                self._capture()
+                self._capture(on_progress)
 
-    def _capture(self) -> None:
+    def _capture(self, on_progress: Callable[[int, int], None]) -> None:
         """Graphs of decode steps, where they can be had: one ladder ends with logits, the other with greedy tokens."""
         config, device = self._load.config, self._device
         sizes: list[int] = []
         if config.cuda_graphs and device.is_cuda and self._decode_attention.has_kernel:
             sizes = ladder(config.max_num_seqs)
+        begin, num_graphs, captured = time.monotonic(), 2 * len(sizes), itertools.count(1)
+
+        def on_captured() -> None:
+            on_progress(next(captured), num_graphs)
+
+        if sizes:
+            on_progress(0, num_graphs)
         few = [size for size in sizes if size <= SKINNY_ROWS]
         if few:
             tune(device, self._ops, self._decode_attention, self._collectives, self._decode_forward, few[0])
         pool = device.graph_pool()
-        self._logits_graphs = DecodeGraphs(device, self._decode_forward, sizes, pool)
-        self._greedy_graphs = DecodeGraphs(device, self._decode_greedily, sizes, pool)
+        self._logits_graphs = DecodeGraphs(device, self._decode_forward, sizes, pool, on_captured)
+        self._greedy_graphs = DecodeGraphs(device, self._decode_greedily, sizes, pool, on_captured)
+        if sizes and self._collectives.rank == 0:
+            print(f"captured {num_graphs} CUDA graphs in {time.monotonic() - begin:.1f} s", file=sys.stderr)
 
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
