@@ -9,8 +9,8 @@ from __future__ import annotations
 import codecs
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import tokenizers
@@ -19,6 +19,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 MAX_HELD_TOKENS = 8
 """A character spans at most 4 bytes and so 4 tokens; a window that still ends unfinished after this many is garbage."""
+
+Value = TypeVar("Value")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -31,25 +33,31 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF_CHAR = _byte_alphabet()
 
 
+class ByToken(dict[int, Value]):
+    """Something of every token id, computed when it is first asked for."""
+
+    def __init__(self, compute: Callable[[int], Value]) -> None:
+        self._compute = compute
+
+    def __missing__(self, token_id: int) -> Value:
+        value = self[token_id] = self._compute(token_id)
+        return value
+
+
 class TokenTable:
-    """The tokens of a tokenizer by id, as the decoder sees them. Bytes are computed once per token."""
+    """The tokens of a tokenizer by id, as the decoder sees them.
+
+    bytes   the UTF-8 bytes of a token, possibly a part of a character; empty for an id without a token
+    texts   the same as text; None where they are not whole characters
+    pieces  of sentencepiece: the text of a token, or the byte that it stands for; None for an id without a token
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self.backend = backend
         self.shape = DecoderShape.of(backend)
-        self._bytes: dict[int, bytes] = {}
-
-    def bytes_of(self, token_id: int) -> bytes:
-        """The UTF-8 bytes of a token, possibly a part of a character; empty for an id without a token."""
-        data = self._bytes.get(token_id)
-        if data is None:
-            data = self._bytes[token_id] = self._compute_bytes(token_id)
-        return data
-
-    def raw(self, token_id: int) -> str | None:
-        """The token as the vocabulary spells it."""
-        token: str | None = self.backend.id_to_token(token_id)
-        return token
+        self.bytes = ByToken(self._bytes_of)
+        self.texts = ByToken(self._text_of)
+        self.pieces = ByToken(self._piece_of)
 
     def longest_token(self) -> int:
         """Characters of text that one token can stand for at most; 0 if that is unknown."""
@@ -73,8 +81,26 @@ class TokenTable:
             case _:
                 return WindowStream(self)
 
-    def _compute_bytes(self, token_id: int) -> bytes:
-        token = self.raw(token_id)
+    def _raw(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it."""
+        token: str | None = self.backend.id_to_token(token_id)
+        return token
+
+    def _text_of(self, token_id: int) -> str | None:
+        try:
+            return self.bytes[token_id].decode()
+        except UnicodeDecodeError:
+            return None
+
+    def _piece_of(self, token_id: int) -> str | int | None:
+        token = self._raw(token_id)
+        if token is None:
+            return None
+        byte = self.shape.byte_of(token)
+        return self.shape.piece_of(token) if byte is None else byte
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        token = self._raw(token_id)
         if token is None:
             return b""
         if self.shape.kind == "bytes":
@@ -176,16 +202,23 @@ class ByteStream:
     """Byte-level BPE: the tokens' bytes are one UTF-8 stream."""
 
     def __init__(self, table: TokenTable) -> None:
-        self._bytes_of = table.bytes_of
+        self._bytes = table.bytes
+        self._texts = table.texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_inside = False
+        """Whether `_utf8` holds the beginning of a character."""
 
     def start_after(self, context: Sequence[int]) -> None:
         # A character that the prompt begins and the output ends comes out whole.
         for token in context:
-            self._utf8.decode(self._bytes_of(token))
+            self.push(token)
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._bytes_of(token_id))
+        text = None if self._is_inside else self._texts[token_id]
+        if text is None:
+            text = self._utf8.decode(self._bytes[token_id])
+            self._is_inside = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", True)
@@ -196,8 +229,8 @@ class PieceStream:
     run that is not valid UTF-8 as a whole, also for the characters in it that were complete."""
 
     def __init__(self, table: TokenTable) -> None:
-        self._raw = table.raw
-        self._shape = table.shape
+        self._pieces = table.pieces
+        self._strip_char = table.shape.strip_char
         self._run = bytearray()
         self._strip = table.shape.strip
 
@@ -207,14 +240,12 @@ class PieceStream:
         self.flush()
 
     def push(self, token_id: int) -> str:
-        token = self._raw(token_id)
-        if token is None:
-            return ""
-        byte = self._shape.byte_of(token)
-        if byte is not None:
-            self._run.append(byte)
-            return ""
-        return self._stripped(self._take_run() + self._shape.piece_of(token))
+        piece = self._pieces[token_id]
+        if isinstance(piece, str):
+            return self._stripped(self._take_run() + piece) if self._run or self._strip else piece
+        if piece is not None:
+            self._run.append(piece)
+        return ""
 
     def flush(self) -> str:
         return self._stripped(self._take_run())
@@ -231,7 +262,7 @@ class PieceStream:
 
     def _stripped(self, text: str) -> str:
         while text and self._strip:
-            if text[0] != self._shape.strip_char:
+            if text[0] != self._strip_char:
                 self._strip = 0
                 break
             text = text[1:]

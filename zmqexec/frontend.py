@@ -49,20 +49,24 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Tokenizer 
 class Sample:
     """One sequence of a request: its tokens, their text, and when it ended.
 
-    `_reported` and `_reported_text` are what earlier delta outputs have covered.
+    `_reported` and `_reported_text` are what earlier delta outputs have covered. The text is `_text` and then
+    `_pieces`: it is put together when somebody asks for it.
     """
 
     def __init__(self, index: int, request: OpenRequest) -> None:
         params = request.params
         self.index = index
+        self.request = request
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self._stop_reason: int | str | None = None
         self._text = ""
+        self._pieces: list[str] = []
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative_logprob: float | None = None if params.logprobs is None else 0.0
-        self._request = request
-        self._matcher = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
+        self._matcher: StopMatcher | None = None
+        if params.stop_strings:
+            self._matcher = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
         self._decoder: IncrementalDecoder | None = None
         if request.tokenizer is not None:
             self._decoder = IncrementalDecoder(request.tokenizer, params.skip_special_tokens, request.prompt_token_ids)
@@ -72,28 +76,37 @@ class Sample:
     def apply(self, update: RequestUpdate) -> bool:
         """Take new tokens; True if a stop string ended the sample and the driver has to be told."""
         for entry in update.logprobs:
-            for position in logprob_dicts(entry, self._request.tokenizer):
+            for position in logprob_dicts(entry, self.request.tokenizer):
                 self._add_logprob(position)
         last = len(update.token_ids) - 1
         for number, token in enumerate(update.token_ids):
             self.token_ids.append(token)
-            ends_by_token = number == last and update.finish_reason == "stop"
-            if self._decoder is None or (ends_by_token and not self._request.params.include_stop_str_in_output):
+            if self._decoder is None or (number == last and self._is_ended_by_token(update)):
                 continue
-            if self._take_text(self._decoder.push(token)):
+            text = self._decoder.push(token)
+            if self._matcher is None:
+                self._pieces.append(text)
+            elif self._match(self._matcher, text):
                 return update.finish_reason is None
         if update.finish_reason is not None:
             self.finish_reason = update.finish_reason
             self._stop_reason = update.stop_reason
-            if self._decoder is not None and not self._take_text(self._decoder.flush()):
-                self._text += self._matcher.flush()
+            rest = self._decoder.flush() if self._decoder is not None else ""
+            if self._matcher is None:
+                self._pieces.append(rest)
+            elif not self._match(self._matcher, rest):
+                self._pieces.append(self._matcher.flush())
         return False
 
-    def _take_text(self, text: str) -> bool:
+    def _is_ended_by_token(self, update: RequestUpdate) -> bool:
+        """Whether the last token is an end that is not to be shown."""
+        return update.finish_reason == "stop" and not self.request.params.include_stop_str_in_output
+
+    def _match(self, matcher: StopMatcher, text: str) -> bool:
         """Release `text` as far as no stop string may begin in it; True if one ended here."""
-        allow_stop = len(self.token_ids) > self._request.params.min_tokens
-        released, stop = self._matcher.feed(text, allow_stop)
-        self._text += released
+        allow_stop = len(self.token_ids) > self.request.params.min_tokens
+        released, stop = matcher.feed(text, allow_stop)
+        self._pieces.append(released)
         if stop is not None:
             self.finish_reason, self._stop_reason = "stop", stop
         return stop is not None
@@ -105,8 +118,12 @@ class Sample:
 
     def output(self, kind: OutputKind) -> CompletionOutput:
         """All of the sample, or what is new since the last delta."""
-        first, first_char = (self._reported, self._reported_text) if kind == "delta" else (0, 0)
+        if self._pieces:
+            self._text += "".join(self._pieces)
+            self._pieces.clear()
+        first = first_char = 0
         if kind == "delta":
+            first, first_char = self._reported, self._reported_text
             self._reported, self._reported_text = len(self.token_ids), len(self._text)
         return CompletionOutput(
             index=self.index,
@@ -147,22 +164,22 @@ class OpenRequest:
     @property
     def finished(self) -> bool:
         """True once every sample has ended."""
-        return all(sample.finish_reason is not None for sample in self.samples)
+        return None not in [sample.finish_reason for sample in self.samples]
 
     def sequence_id(self, index: int) -> str:
         """The driver's name for sample `index`. Never used twice: when a `request_id` comes again, updates of its
         predecessor, which ended here by a stop string or an abort, may still be on their way."""
         return f"{self.number}.{index}"
 
-    def apply(self, update: RequestUpdate, index: int) -> bool:
+    def apply(self, update: RequestUpdate, sample: Sample) -> bool:
         """Take the update of one sample; True if its sequence has to be aborted in the driver."""
-        if index == 0:
+        if sample.index == 0:
             self.num_cached_tokens = update.num_cached_tokens or self.num_cached_tokens
             self.queue_s = update.queue_s or self.queue_s
             for entry in update.prompt_logprobs:
                 assert self.prompt_logprobs is not None
                 self.prompt_logprobs += logprob_dicts(entry, self.tokenizer)
-        return self.samples[index].apply(update)
+        return sample.apply(update)
 
     def output(self, kind: OutputKind, moved: Sample | None = None) -> RequestOutput:
         """The request with all its samples, or only with the one that moved."""
@@ -190,7 +207,7 @@ class FrontEnd:
         self.tokenizer = tokenizer
         self.requests: dict[str, OpenRequest] = {}
         self._numbers = itertools.count()
-        self._sequences: dict[str, tuple[OpenRequest, int]] = {}
+        self._sequences: dict[str, Sample] = {}
 
     def prepare(
         self,
@@ -224,21 +241,22 @@ class FrontEnd:
     def open(self, request: OpenRequest) -> None:
         """Expect updates for a prepared request from now on."""
         self.requests[request.request_id] = request
-        for index in range(len(request.samples)):
-            self._sequences[request.sequence_id(index)] = (request, index)
+        for sample in request.samples:
+            self._sequences[request.sequence_id(sample.index)] = sample
 
     def apply(self, updates: Sequence[RequestUpdate]) -> Iterator[tuple[OpenRequest, Sample, bool]]:
         """(request, sample that moved, whether its sequence must now be aborted in the driver), update by update."""
         for update in updates:
-            request, index = self._sequences.get(update.request_id, (None, 0))
-            if request is None:
+            sample = self._sequences.get(update.request_id)
+            if sample is None:
                 continue  # aborted here while the update was on its way
-            must_abort = request.apply(update, index)
-            if request.samples[index].finish_reason is not None:
+            request = sample.request
+            must_abort = request.apply(update, sample)
+            if sample.finish_reason is not None:
                 del self._sequences[update.request_id]
                 if request.finished:
                     del self.requests[request.request_id]
-            yield request, request.samples[index], must_abort
+            yield request, sample, must_abort
 
     def abort(self, request_id: str) -> list[str]:
         """Forget a request; the sequences that the driver has to abort. Unknown ids give none."""

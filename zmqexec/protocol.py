@@ -69,7 +69,7 @@ class LoadModel(Message, tag=1, frozen=True):
 
 
 class InitCache(Message, tag=2, frozen=True):
-    """Allocate the KV cache. Answered by `CacheReady`."""
+    """Allocate the KV cache, on a GPU capture graphs. Answered by `CacheReady`, there preceded by `CaptureProgress`."""
 
     epoch: int
     num_blocks: int
@@ -168,8 +168,16 @@ class ModelLoaded(Message, tag=3, frozen=True):
     kv_cache_bytes: int
 
 
+class CaptureProgress(Message, tag=7, frozen=True):
+    """CUDA graphs captured so far, of all that this rank captures."""
+
+    epoch: int
+    done: int
+    total: int
+
+
 class CacheReady(Message, tag=4, frozen=True):
-    """The KV cache is allocated; steps may come."""
+    """The KV cache is allocated and graphs are captured; steps may come."""
 
     epoch: int
 
@@ -211,7 +219,7 @@ class Failure(Message, tag=6, frozen=True):
     error: ErrorInfo
 
 
-ToDriver = Hello | LoadProgress | ModelLoaded | CacheReady | StepOutput | Failure
+ToDriver = Hello | LoadProgress | ModelLoaded | CaptureProgress | CacheReady | StepOutput | Failure
 
 
 # ── server → driver process ─────────────────────────────────────────────────────────────────────────────────────────
@@ -286,11 +294,13 @@ class EngineFailed(Message, tag=3, frozen=True):
     error: ErrorInfo
 
 
-class RequestUpdate(Message, frozen=True):
+class RequestUpdate(Message, frozen=True, gc=False):
     """New tokens of one sequence, in order; the last update has a `finish_reason`.
 
     finish_reason  stop | length | abort, or None while it runs
     stop_reason    the stop token id that ended it, None for an end token of the model
+
+    There are hundreds of these in a step, and none can be part of a cycle: no garbage collector needs to see them.
     """
 
     request_id: str
@@ -299,8 +309,8 @@ class RequestUpdate(Message, frozen=True):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     queue_s: float = 0.0
-    logprobs: list[Logprobs] = []
-    prompt_logprobs: list[Logprobs] = []
+    logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 class EngineStats(Message, frozen=True):

@@ -96,7 +96,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a part of a character for some. Empty for ids without a token."""
-        return self.table.bytes_of(token_id)
+        return self.table.bytes[token_id]
 
     def token_text(self, token_id: int) -> str:
         """A token alone as text, its leading space kept, U+FFFD for parts of characters."""

@@ -38,7 +38,7 @@ class FakeExecutor:
     def load(self, message: LoadModel, on_progress: object) -> int:
         return CONFIG.kv_cache_memory_bytes or 0
 
-    def init_cache(self, num_blocks: int) -> None:
+    def init_cache(self, num_blocks: int, on_progress: object) -> None:
         self._worker = FakeWorker(num_blocks, CONFIG.block_size)
 
     def submit(self, message: StepInput) -> None:

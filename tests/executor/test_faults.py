@@ -31,6 +31,7 @@ GONE_S = 2.0
 ERROR_S = 1.0
 EPOCH = 3
 STRAYS_OF_RANK_0 = 6
+ODD_GRAPHS = 3
 CONFIG = EngineConfig(
     max_model_len=64, max_num_seqs=4, block_size=4, kv_cache_memory_bytes=1 << 20, num_threads=1, ring_bytes=1 << 16
 )
@@ -59,7 +60,7 @@ def open_executor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mul
 
 def load(executor: MultiprocExecutor) -> MultiprocExecutor:
     executor.load(make_plan(CONFIG).load_message(EPOCH), lambda *_: None)
-    executor.init_cache(16)
+    executor.init_cache(16, lambda *_: None)
     return executor
 
 
@@ -76,6 +77,20 @@ def wait_blocked(executor: MultiprocExecutor) -> None:
 
 def dropped(executor: MultiprocExecutor) -> int:
     return executor.stale_replies + executor.wrong_epoch_replies
+
+
+# ── what they say while they start ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_progress_of_all_ranks_is_one(open_executor: Callable[..., MultiprocExecutor]) -> None:
+    executor = open_executor("read_on", 2)
+    heard: list[tuple[str, int, int]] = []
+    executor.load(make_plan(CONFIG).load_message(EPOCH), lambda *_: None)
+    executor.init_cache(16, lambda *progress: heard.append(progress))
+    # In whichever order the ranks' words come.
+    assert heard == [("capturing CUDA graphs", done, 2 * ODD_GRAPHS) for done in sorted(done for _, done, _ in heard)]
+    assert (heard[0][1], heard[-1][1], len(heard)) == (0, 2 * ODD_GRAPHS, 2 * (ODD_GRAPHS + 1))
+    assert dropped(executor) == 0
 
 
 # ── replies that belong to nobody ───────────────────────────────────────────────────────────────────────────────────

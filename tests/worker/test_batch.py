@@ -67,6 +67,26 @@ def test_an_admission_forgets_what_the_slot_held():
     assert rows.prefills[0].context_rows.tolist() == [20, 21]
 
 
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=8))
+def test_new_blocks_are_appended_in_order_and_named_by_their_places(pairs):
+    batch = make_batch()
+    tables = [[5], [], [6, 7]]
+    for slot, table in enumerate(tables):
+        batch.take_in(step(admitted=[admission(slot, [1], table)]))
+    for slot, block in pairs:
+        tables[slot].append(block)
+    flat = [number for pair in pairs for number in pair]
+    if max(map(len, tables)) > 6:
+        with pytest.raises(InternalError, match="a sequence at most 6"):
+            batch.take_in(step(new_blocks=flat))
+        return
+    places = batch.take_in(step(new_blocks=flat)).new_blocks
+    assert [(slot, block) for slot, _, block in places.tolist()] == pairs
+    assert all(tables[slot][index] == block for slot, index, block in places.tolist())
+    assert len({(slot, index) for slot, index, _ in places.tolist()}) == len(pairs)
+    assert [batch.block_tables[slot, :count].tolist() for slot, count in enumerate(batch.num_blocks)] == tables
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

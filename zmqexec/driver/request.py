@@ -18,7 +18,8 @@ class Request:
 
     [0, num_computed)                  their KV is in the cache, or will be once the outstanding steps have run
     [0, len(token_ids))                token values known to the driver
-    [len(token_ids), num_tokens)       sampled by outstanding steps; the values are still on the workers
+    [len(token_ids), num_computed + 1) sampled by outstanding steps, once the prefill is scheduled; the values are
+                                       still on the workers
     [0, prefill_end)                   known at admission, computed by prefill rows; later ones by decode rows
     [0, num_hashed_blocks) blocks      offered to the prefix cache
     """
@@ -43,12 +44,12 @@ class Request:
             self.max_len = min(max_model_len, self.num_prompt + params.max_tokens)
         self.eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
-        self.sampling = worker_sampling(params, seed, new.sample_index, self.eos_token_ids | self.stop_token_ids)
+        self.end_token_ids = self.eos_token_ids | self.stop_token_ids
+        self.sampling = worker_sampling(params, seed, new.sample_index, self.end_token_ids)
 
         self.num_computed = 0
-        self.num_pending = 0
-        self.num_in_flight = 0
-        """Outstanding steps that name this sequence; its slot and blocks stay its own until this is 0."""
+        self.last_step_id = -1
+        """The last step that names this sequence; its slot and blocks stay its own until that one is collected."""
         self.prefill_end = 0
         self.slot = -1
         self.block_table: list[int] = []
@@ -65,11 +66,6 @@ class Request:
         self.queue_s: float | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of the sequence, those still on the workers included."""
-        return len(self.token_ids) + self.num_pending
-
-    @property
     def num_output(self) -> int:
         """Output tokens known to the driver."""
         return len(self.token_ids) - self.num_prompt
@@ -78,15 +74,6 @@ class Request:
     def is_prefilling(self) -> bool:
         """True until a prefill row has been scheduled for every token known at admission."""
         return self.num_computed < self.prefill_end
-
-    @property
-    def can_decode(self) -> bool:
-        """True if a decode row may be scheduled: one uncomputed token, and room for another."""
-        return not self.is_prefilling and self.num_tokens < self.max_len
-
-    def needs_block(self, block_size: int) -> bool:
-        """True if the KV of the next token falls into a block that the sequence does not have yet."""
-        return self.num_computed == len(self.block_table) * block_size
 
     def block_hashes(self, block_size: int) -> list[bytes]:
         """The chained hashes of all full blocks of known tokens."""

@@ -65,14 +65,27 @@ class ScheduledStep:
     sampled: list[Request]
 
     @property
-    def requests(self) -> list[Request]:
-        """Every request that the step names, once."""
-        return [*(chunk.request for chunk in self.prefills), *self.decodes]
-
-    @property
     def num_tokens(self) -> int:
         """Tokens the step computes."""
         return len(self.decodes) + sum(chunk.length for chunk in self.prefills)
+
+
+class Roster(NamedTuple):
+    """Sequences that decode in one step, in both orders, and the bitmap of their slots."""
+
+    by_arrival: list[Request]
+    by_slot: list[Request]
+    bitmap: bytes
+
+    @classmethod
+    def of(cls, decodes: list[Request]) -> Roster:
+        """`decodes` is in order of arrival."""
+        slots = sum(1 << request.slot for request in decodes)
+        by_slot = sorted(decodes, key=lambda request: request.slot)
+        return cls(decodes, by_slot, slots.to_bytes((slots.bit_length() + 7) // 8, "little"))
+
+
+NOBODY = Roster([], [], b"")
 
 
 class Scheduler:
@@ -104,6 +117,8 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._leaving: list[Request] = []
+        self._roster = NOBODY
+        """Of the last step: mostly the same sequences decode in the next, unless one has got a slot since."""
         self._aborted: list[RequestUpdate] = []
         self._num_outstanding = 0
         self._next_step_id = 0
@@ -175,15 +190,18 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None if nothing can run before an outstanding step is collected."""
-        decodes = self._choose_decodes()
-        if decodes is None:
+        chosen = self._choose_decodes()
+        if chosen is None:
             return None
-        new_blocks = self._grow(decodes)
+        decodes, growing = chosen
+        new_blocks = self._grow(growing)
         budget = self._config.max_num_batched_tokens - len(decodes)
         prefills: list[Chunk] = []
         admitted: list[Admission] = []
-        for request in self._running:
-            if request.is_prefilling and budget > 0:
+        if len(decodes) < len(self._running):
+            for request in [request for request in self._running if request.is_prefilling]:
+                if budget <= 0:
+                    break
                 prefills.append(self._prefill(request, budget))
                 budget -= prefills[-1].length
         while self._waiting and budget > 0:
@@ -199,13 +217,17 @@ class Scheduler:
             return None
         return self._step(decodes, prefills, admitted, new_blocks)
 
-    def _choose_decodes(self) -> list[Request] | None:
-        """The sequences that decode, with enough blocks free for all of them; None: drain first."""
+    def _choose_decodes(self) -> tuple[list[Request], list[Request]] | None:
+        """The sequences that decode, and those of them that need a block, of which enough are free; None: drain first.
+
+        A sequence decodes when its prefill is scheduled, and one uncomputed token has room for another behind it.
+        """
+        block_size = self._block_size
         while True:
-            decodes = [request for request in self._running if request.can_decode]
-            needed = sum(request.needs_block(self._block_size) for request in decodes)
-            if needed <= self._pool.num_free:
-                return decodes
+            decodes = [one for one in self._running if one.prefill_end <= one.num_computed < one.max_len - 1]
+            growing = [one for one in decodes if one.num_computed == len(one.block_table) * block_size]
+            if len(growing) <= self._pool.num_free:
+                return decodes, growing
             if self._num_outstanding:
                 return None
             self._preempt(self._running[-1])
@@ -219,13 +241,12 @@ class Scheduler:
         request.evict()
         bisect.insort(self._waiting, request, key=lambda waiting: waiting.arrival)
 
-    def _grow(self, decodes: list[Request]) -> list[int]:
-        """Give a block to every sequence that needs one; flat (slot, block) pairs."""
+    def _grow(self, growing: list[Request]) -> list[int]:
+        """Give a block to each of these sequences; flat (slot, block) pairs."""
         new_blocks = []
-        for request in decodes:
-            if request.needs_block(self._block_size):
-                request.block_table += self._pool.allocate(1)
-                new_blocks += [request.slot, request.block_table[-1]]
+        for request, block in zip(growing, self._pool.allocate(len(growing)), strict=True):
+            request.block_table.append(block)
+            new_blocks += [request.slot, block]
         return new_blocks
 
     def _try_admit(self, request: Request, budget: int) -> Admission | None:
@@ -243,6 +264,7 @@ class Scheduler:
             return None
         self._pool.share(cached)
         admission = request.admit(self._free_slots.pop(), cached + self._pool.allocate(missing), num_cached)
+        self._roster = NOBODY
         if request.num_output == 0:
             self._prompt_tokens += request.num_prompt
             self._cached_prompt_tokens += num_cached
@@ -259,6 +281,7 @@ class Scheduler:
         """Schedule the next chunk of `request`, of at most `budget` tokens."""
         chunk = Chunk(request, request.num_computed, min(budget, request.prefill_end - request.num_computed))
         request.num_computed += chunk.length
+        request.last_step_id = self._next_step_id
         # Steps run in order and a step writes its KV before it reads any, so whoever is scheduled from here on,
         # in this very step too, may read these blocks.
         self._offer_full_blocks(request)
@@ -278,28 +301,25 @@ class Scheduler:
     def _step(
         self, decodes: list[Request], prefills: list[Chunk], admitted: list[Admission], new_blocks: list[int]
     ) -> ScheduledStep:
-        bitmap = 0
+        step_id = self._next_step_id
         for request in decodes:
-            bitmap |= 1 << request.slot
             request.num_computed += 1
+            request.last_step_id = step_id
+        if decodes != self._roster.by_arrival:
+            self._roster = Roster.of(decodes)
         message = StepInput(
             epoch=self._epoch,
-            step_id=self._next_step_id,
-            decodes=bitmap.to_bytes((bitmap.bit_length() + 7) // 8, "little"),
+            step_id=step_id,
+            decodes=self._roster.bitmap,
             prefills=pack(number for chunk in prefills for number in (chunk.request.slot, chunk.length)),
             new_blocks=pack(new_blocks),
             admitted=admitted,
         )
-        decodes = sorted(decodes, key=lambda request: request.slot)
+        decodes = self._roster.by_slot
         sampled = [chunk.request for chunk in prefills if not chunk.request.is_prefilling] + decodes
-        step = ScheduledStep(message, prefills, decodes, sampled)
-        for request in sampled:
-            request.num_pending += 1
-        for request in step.requests:
-            request.num_in_flight += 1
         self._next_step_id += 1
         self._num_outstanding += 1
-        return step
+        return ScheduledStep(message, prefills, decodes, sampled)
 
     # ── recording its result ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -312,48 +332,50 @@ class Scheduler:
                 f"step {output.step_id} with {len(token_ids)}"
             )
         self._num_outstanding -= 1
-        for request in step.requests:
-            request.num_in_flight -= 1
         logprobs = {entry.row: entry for entry in output.logprobs}
         prompt_logprobs = self._new_prompt_logprobs(step, output)
         updates = []
         for row, (request, token) in enumerate(zip(step.sampled, token_ids, strict=True)):
-            request.num_pending -= 1
-            if request.finish_reason is not None:
-                continue
-            own = [logprobs[row]] if row in logprobs else []
-            updates.append(self._record(request, token, own, prompt_logprobs.pop(request.request_id, [])))
+            if request.finish_reason is None:
+                own = (logprobs[row],) if row in logprobs else ()
+                updates.append(self._record(request, token, own, prompt_logprobs.pop(request.request_id, ())))
+        self._generation_tokens += len(updates)
         updates += [
             RequestUpdate(request_id, [], prompt_logprobs=entries) for request_id, entries in prompt_logprobs.items()
         ]
-        for request in [leaving for leaving in self._leaving if leaving.num_in_flight == 0]:
+        for request in [leaving for leaving in self._leaving if not self._is_in_flight(leaving)]:
             self._leaving.remove(request)
             self._release(request)
         return self.take_aborted() + updates
 
     def _record(
-        self, request: Request, token: int, logprobs: list[Logprobs], prompt_logprobs: list[Logprobs]
+        self, request: Request, token: int, logprobs: tuple[Logprobs, ...], prompt_logprobs: tuple[Logprobs, ...]
     ) -> RequestUpdate:
-        request.token_ids.append(token)
-        self._generation_tokens += 1
-        self._offer_full_blocks(request)
-        finish_reason, stop_reason = request.stop_check(token)
-        if finish_reason is not None:
-            self._finish(request, finish_reason)
+        """Every running sequence comes here in every step: what does not concern this token is not called."""
+        tokens = request.token_ids
+        tokens.append(token)
+        num_known = len(tokens)
+        if num_known >= (request.num_hashed_blocks + 1) * self._block_size:
+            self._offer_full_blocks(request)
+        finish_reason = stop_reason = None
+        if num_known >= request.max_len or token in request.end_token_ids:
+            finish_reason, stop_reason = request.stop_check(token)
+            if finish_reason is not None:
+                self._finish(request, finish_reason)
         return RequestUpdate(
-            request_id=request.request_id,
-            token_ids=[token],
-            finish_reason=finish_reason,
-            stop_reason=stop_reason,
-            num_cached_tokens=request.num_cached_tokens,
-            queue_s=request.queue_s or 0.0,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            request.request_id,
+            [token],
+            finish_reason,
+            stop_reason,
+            request.num_cached_tokens,
+            request.queue_s or 0.0,
+            logprobs,
+            prompt_logprobs,
         )
 
-    def _new_prompt_logprobs(self, step: ScheduledStep, output: StepOutput) -> dict[str, list[Logprobs]]:
+    def _new_prompt_logprobs(self, step: ScheduledStep, output: StepOutput) -> dict[str, tuple[Logprobs, ...]]:
         """Prompt log-probabilities by request, without those that were reported before a preemption."""
-        new: dict[str, list[Logprobs]] = {}
+        new: dict[str, tuple[Logprobs, ...]] = {}
         for entry in output.prompt_logprobs:
             request, start, _ = step.prefills[entry.row]
             # A chunk that starts at `start` reports positions start + 1 and on; `num_prompt_logprobs` are known.
@@ -361,17 +383,21 @@ class Scheduler:
             known = min(max(request.num_prompt_logprobs - start, 0), count)
             request.num_prompt_logprobs += count - known
             if request.finish_reason is None and known < count:
-                new[request.request_id] = [_without_first(entry, known)]
+                new[request.request_id] = (_without_first(entry, known),)
         return new
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         del self._requests[request.request_id]
         self._running.remove(request)
-        if request.num_in_flight:
+        if self._is_in_flight(request):
             self._leaving.append(request)
         else:
             self._release(request)
+
+    def _is_in_flight(self, request: Request) -> bool:
+        """Whether an outstanding step names `request`."""
+        return request.last_step_id >= self._next_step_id - self._num_outstanding
 
     def _release(self, request: Request) -> None:
         """Give back the slot and the blocks of a request that no outstanding step names."""

@@ -41,7 +41,7 @@ class Driver:
         try:
             kv_cache_bytes = self._executor.load(plan.load_message(epoch=0), on_progress)
             num_blocks = plan.num_blocks(kv_cache_bytes)
-            self._executor.init_cache(num_blocks)
+            self._executor.init_cache(num_blocks, on_progress)
         except BaseException:
             self._executor.close()
             raise

@@ -14,6 +14,9 @@ from zmqexec.protocol import EngineStats, LoadModel, StepInput, StepOutput
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) while starting; total 0 means unknown."""
 
+LOADING = "loading weights"
+CAPTURING = "capturing CUDA graphs"
+
 
 class Executor(Protocol):
     """The workers of one engine, as one object. After an `ExecutorError`, which any call may raise, only `close` works.
@@ -24,8 +27,8 @@ class Executor(Protocol):
     def load(self, load: LoadModel, on_progress: Progress) -> int:
         """Load the model on all ranks; bytes that each of them can spend on its KV cache (the least of all)."""
 
-    def init_cache(self, num_blocks: int) -> None:
-        """Allocate the KV cache on all ranks."""
+    def init_cache(self, num_blocks: int, on_progress: Progress) -> None:
+        """Allocate the KV cache on all ranks and capture their CUDA graphs."""
 
     def submit(self, step: StepInput) -> None:
         """Hand a step to all ranks. Waits only while the workers are a whole ring behind."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from zmqexec.config import EngineConfig
 from zmqexec.errors import InternalError
-from zmqexec.executor.base import Progress
+from zmqexec.executor.base import CAPTURING, LOADING, Progress
 from zmqexec.protocol import EngineStats, LoadModel, StepInput, StepOutput
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ class InlineExecutor:
     def load(self, load: LoadModel, on_progress: Progress) -> int:
         """Load the whole model here; bytes for the KV cache."""
         self._runner = self._make_runner(load)
-        return self._runner.load(lambda done, total: on_progress("loading weights", done, total))
+        return self._runner.load(lambda done, total: on_progress(LOADING, done, total))
 
-    def init_cache(self, num_blocks: int) -> None:
-        """Allocate the KV cache."""
-        self._open_runner().init_cache(num_blocks)
+    def init_cache(self, num_blocks: int, on_progress: Progress) -> None:
+        """Allocate the KV cache and capture CUDA graphs."""
+        self._open_runner().init_cache(num_blocks, lambda done, total: on_progress(CAPTURING, done, total))
 
     def submit(self, step: StepInput) -> None:
         """Run the step now."""

@@ -30,11 +30,12 @@ from zmqexec.errors import (
     ZmqexecError,
     from_info,
 )
-from zmqexec.executor.base import Progress
+from zmqexec.executor.base import CAPTURING, LOADING, Progress
 from zmqexec.executor.spawn import Worker, WorkerGroup
 from zmqexec.executor.stall import StallWatch
 from zmqexec.protocol import (
     CacheReady,
+    CaptureProgress,
     EngineStats,
     Failure,
     Hello,
@@ -124,16 +125,16 @@ class MultiprocExecutor:
         self._publish(load)
         return min(reply.kv_cache_bytes for reply in self._replies_of_all(ModelLoaded, on_progress))
 
-    def init_cache(self, num_blocks: int) -> None:
-        """Allocate the KV cache on all ranks."""
+    def init_cache(self, num_blocks: int, on_progress: Progress) -> None:
+        """Allocate the KV cache on all ranks and capture their CUDA graphs."""
         self._publish(InitCache(self._epoch, num_blocks))
-        self._replies_of_all(CacheReady, lambda *_: None)
+        self._replies_of_all(CacheReady, on_progress)
 
     def _replies_of_all(self, kind: type[Reply], on_progress: Progress) -> list[Reply]:
         """One reply of type `kind` from every rank, within the start-up deadline."""
         deadline = time.monotonic() + self._config.start_timeout_s
         replies: dict[int, Reply] = {}
-        progress: dict[int, LoadProgress] = {}
+        progress: dict[int, LoadProgress | CaptureProgress] = {}
         while len(replies) < len(self._group.workers):
             received = self._receive(deadline)
             if received is None:
@@ -143,11 +144,12 @@ class MultiprocExecutor:
                     f"start_timeout_s={self._config.start_timeout_s}: {self._where(silent[0])}"
                 )
             rank, message = received
-            if isinstance(message, LoadProgress):
+            if isinstance(message, LoadProgress | CaptureProgress):
                 progress[rank] = message
                 reported = progress.values()
                 total = max(p.total for p in reported) * len(self._group.workers)
-                on_progress("loading weights", sum(p.done for p in reported), total)
+                what = LOADING if isinstance(message, LoadProgress) else CAPTURING
+                on_progress(what, sum(p.done for p in reported), total)
             elif isinstance(message, kind):
                 replies[rank] = message
             else:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from zmqexec.bus.extension import BUILD_ID, arm_death_watch
@@ -20,6 +21,7 @@ from zmqexec.child import PACKAGE_DIR
 from zmqexec.errors import BusClosed, InternalError, UserError
 from zmqexec.protocol import (
     CacheReady,
+    CaptureProgress,
     ErrorInfo,
     Failure,
     Hello,
@@ -127,7 +129,7 @@ class Worker:
                     self._load(message)
                 case InitCache():
                     self._set_phase(Phase.LOADING)
-                    self._open_runner().init_cache(message.num_blocks)
+                    self._open_runner().init_cache(message.num_blocks, self._reporter(CaptureProgress))
                     self._channel.reply(CacheReady(self._epoch), REPLY_TIMEOUT_S)
 
     def _step(self, step: StepInput) -> None:
@@ -153,6 +155,11 @@ class Worker:
     def _load(self, load: LoadModel) -> None:
         self._set_phase(Phase.LOADING)
         self._runner = self._make_gpu_runner(load) if load.device == "cuda" else self._make_cpu_runner(load)
+        kv_cache_bytes = self._runner.load(self._reporter(LoadProgress))
+        self._channel.reply(ModelLoaded(self._epoch, kv_cache_bytes), REPLY_TIMEOUT_S)
+
+    def _reporter(self, kind: type[LoadProgress | CaptureProgress]) -> Callable[[int, int], None]:
+        """Tells the driver of progress (done, total), at most `PROGRESS_STEPS` times on the way."""
         reported = -1
 
         def on_progress(done: int, total: int) -> None:
@@ -160,10 +167,9 @@ class Worker:
             part = done * PROGRESS_STEPS // max(total, 1)
             if part > reported:
                 reported = part
-                self._channel.reply(LoadProgress(self._epoch, done, total), REPLY_TIMEOUT_S)
+                self._channel.reply(kind(self._epoch, done, total), REPLY_TIMEOUT_S)
 
-        kv_cache_bytes = self._runner.load(on_progress)
-        self._channel.reply(ModelLoaded(self._epoch, kv_cache_bytes), REPLY_TIMEOUT_S)
+        return on_progress
 
     # torch is imported only now: it takes seconds, and the death watch and the bus must stand before.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,10 @@ from zmqexec.errors import InternalError
 from zmqexec.protocol import Admission, Sampling, StepInput
 
 IntArray = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+
+NO_CHUNKS: IntArray = np.empty((0, 2), np.int64)
+NO_BLOCKS: Int32Array = np.empty((0, 3), np.int32)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,19 @@ class Rows:
             )
 
 
+class Taken(NamedTuple):
+    """What a step says, as `Batch.take_in` took it in.
+
+    chunks      [num_prefills, 2]  (slot, count)
+    decodes     [num_decodes]      slots, ascending; the last step's array itself where the same ones decode again
+    new_blocks  [n, 3]             int32, (slot, index, block): the block became the index-th of the slot's table
+    """
+
+    chunks: IntArray
+    decodes: IntArray
+    new_blocks: Int32Array
+
+
 class Batch:
     """Slots [0, max_num_seqs).
 
@@ -109,23 +127,23 @@ class Batch:
 
     def begin(self, step: StepInput) -> Rows:
         """Take in what changed and lay out the step's rows. `InternalError` where the step contradicts the state."""
-        return self.rows(*self.take_in(step))
+        taken = self.take_in(step)
+        return self.rows(taken.chunks, taken.decodes)
 
-    def take_in(self, step: StepInput) -> tuple[IntArray, IntArray]:
-        """Take in what changed: the step's chunks [n, 2] (slot, count) and the slots of its decodes, ascending."""
+    def take_in(self, step: StepInput) -> Taken:
+        """Take in what changed."""
         for admission in step.admitted:
             self._admit(admission)
-        num_slots = len(self.num_known)
-        for slot, block in _pairs(step.new_blocks, "new_blocks", self.block_tables.size).tolist():
-            self._check_slot(slot)
-            self._append_block(slot, block)
-        chunks = _pairs(step.prefills, "prefills", num_slots).astype(np.int64)
+        new_blocks = NO_BLOCKS
+        if step.new_blocks:
+            new_blocks = self._append_blocks(_pairs(step.new_blocks, "new_blocks", self.block_tables.size))
         decodes = self._decode_slots(step.decodes)
-        if len(chunks):
-            self._check(chunks, decodes)
-        else:
+        if not step.prefills:
             self._check_decodes(decodes)
-        return chunks, decodes
+            return Taken(NO_CHUNKS, decodes, new_blocks)
+        chunks = _pairs(step.prefills, "prefills", len(self.num_known)).astype(np.int64)
+        self._check(chunks, decodes)
+        return Taken(chunks, decodes, new_blocks)
 
     def _decode_slots(self, bitmap: bytes) -> IntArray:
         """The slots of a step's bitmap, which is mostly the last step's."""
@@ -143,7 +161,7 @@ class Batch:
         ok = (self.num_computed[decodes] + 1 == known) & (known <= self._max_model_len)
         ok &= known <= self.num_blocks[decodes] * self._block_size
         if not ok.all():
-            self._check(np.empty((0, 2), np.int64), decodes)  # says what is wrong
+            self._check(NO_CHUNKS, decodes)  # says what is wrong
 
     def finish(self, rows: Rows, sampled: IntArray) -> None:
         """Record that `rows` are computed, and append the token sampled by each of `rows.sample_slots`."""
@@ -183,11 +201,29 @@ class Batch:
         for block in blocks.tolist():
             self._append_block(slot, block)
 
+    def _append_blocks(self, pairs: Int32Array) -> Int32Array:
+        """Append (slot, block) pairs to the block tables; (slot, index, block) of each."""
+        slots, blocks = pairs[:, 0], pairs[:, 1]
+        most_slot, most_block = pairs.view(np.uint32).max(axis=0).tolist()  # a negative number is a very large one
+        if most_slot < len(self.num_known) and most_block < self._num_cache_blocks and np.bincount(slots).max() == 1:
+            index = self.num_blocks[slots]
+            if index.max() < self.block_tables.shape[1]:
+                self.block_tables[slots, index] = blocks
+                self.num_blocks[slots] = index + 1
+                appended = np.empty((len(pairs), 3), np.int32)
+                appended[:, 0], appended[:, 1], appended[:, 2] = slots, index, blocks
+                return appended
+        # Several for one slot, or one that cannot be.
+        places = [(slot, self._append_block(slot, block), block) for slot, block in pairs.tolist()]
+        return np.array(places, np.int32)
+
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < len(self.num_known):
             raise InternalError(f"slot {slot} is not in [0, {len(self.num_known)})")
 
-    def _append_block(self, slot: int, block: int) -> None:
+    def _append_block(self, slot: int, block: int) -> int:
+        """The block's index in the slot's table."""
+        self._check_slot(slot)
         count = int(self.num_blocks[slot])
         if not 0 <= block < self._num_cache_blocks or count >= self.block_tables.shape[1]:
             raise InternalError(
@@ -196,6 +232,7 @@ class Batch:
             )
         self.block_tables[slot, count] = block
         self.num_blocks[slot] = count + 1
+        return count
 
     def _check(self, chunks: IntArray, decodes: IntArray) -> None:
         """A chunk has known tokens, a decode has one, and all of them have a block and a place in the model."""

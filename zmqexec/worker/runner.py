@@ -93,8 +93,8 @@ class ModelRunner:
             config, self._sharding, collectives.rank, collectives.tp_size, source, self._dtype, on_progress
         )
 
-    def init_cache(self, num_blocks: int) -> None:
-        """Allocate a KV cache of `num_blocks` blocks and the state of `max_num_seqs` slots."""
+    def init_cache(self, num_blocks: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Allocate a KV cache of `num_blocks` blocks and the state of `max_num_seqs` slots: nothing to report on."""
         config, block_size = self._model_config, self._load.config.block_size
         num_kv_heads = len(self._sharding.kv_heads)
         self._cache = KVCache(config.num_layers, num_blocks, block_size, num_kv_heads, config.head_dim, self._dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK_SIZE = 4
+NUM_GRAPHS = 3
 
 
 class Rank:
@@ -33,6 +34,8 @@ class Rank:
                     self.reply(ModelLoaded(self.epoch, 1 << 20))
                 case InitCache() as init:
                     self.model = FakeWorker(init.num_blocks, BLOCK_SIZE)
+                    for done in range(NUM_GRAPHS + 1):
+                        self.reply(CaptureProgress(self.epoch, done, NUM_GRAPHS))
                     self.reply(CacheReady(self.epoch))
                 case StepInput() as step:
                     self.do_step(self, step)
@@ -114,6 +117,7 @@ if __name__ == "__main__":
     from zmqexec.errors import BusClosed
     from zmqexec.protocol import (
         CacheReady,
+        CaptureProgress,
         ErrorInfo,
         Failure,
         Hello,

@@ -21,6 +21,16 @@ EMULATOR = threading.Lock()
 """The emulator runs one kernel at a time."""
 
 
+class EmulatedEvent:
+    """What has been launched has happened."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class EmulatedDevice:
     """A GPU of four multiprocessors whose work is done when a launch returns."""
 
@@ -37,8 +47,8 @@ class EmulatedDevice:
     def stream(self) -> int:
         return 0
 
-    def record(self) -> Event | None:
-        return None
+    def event(self) -> Event:
+        return EmulatedEvent()
 
     def graph_pool(self) -> Any:
         return None

@@ -22,6 +22,21 @@ NUM_TOKENS = 8
 BLOCK_SIZE = 16
 
 
+class CapturingDevice(EmulatedDevice):
+    """Notes what it is to capture, once `is_cuda` says that it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_captured = 0
+
+    def capture(self, launch, pool):
+        self.num_captured += 1
+        return None, torch.empty(0)
+
+    def time_ms(self, work):
+        return 1.0
+
+
 class Truth:
     """A checkpoint on disk and what transformers generates from it."""
 
@@ -110,6 +125,20 @@ def test_an_error_of_sampling_without_a_peer_is_the_peers(tmp_path, monkeypatch)
     monkeypatch.setattr(runner._collectives, "health", lambda: "rank 1 did not join")
     with pytest.raises(PeerMissing, match="rank 1"):
         runner.submit(step)
+
+
+def test_captured_graphs_are_counted_for_whoever_waits(tmp_path, monkeypatch, capsys):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    device = CapturingDevice()
+    runner = make_gpu_runner(tmp_path, device=device, dtype="bfloat16", max_num_seqs=24)
+    assert capsys.readouterr().err == "", "an emulation captures nothing"
+    monkeypatch.setattr(device, "is_cuda", True)
+    monkeypatch.setattr("zmqexec.worker.gpu.runner.tune", lambda *_: None)
+    heard = []
+    runner.init_cache(NUM_BLOCKS, lambda done, total: heard.append((done, total, device.num_captured)))
+    num_graphs = 2 * len([1, 2, 4, 8, 16, 24])
+    assert heard == [(done, num_graphs, done) for done in range(num_graphs + 1)]
+    assert f"captured {num_graphs} CUDA graphs in " in capsys.readouterr().err
 
 
 def test_chunks_beside_running_decodes_give_the_same_tokens(truth, device):
@@ -273,6 +302,47 @@ def test_new_blocks_may_come_beside_the_admission_and_several_at_a_time(truth, d
     later = [StepInput(1, number, decodes=b"\10") for number in range(1, NUM_TOKENS)]
     tokens = [token for step in [first, *later] for token in unpack(runner.run(step).token_ids)]
     assert tokens == expected.tokens
+
+
+def test_a_step_of_the_same_sequences_and_blocks_sends_the_device_nothing(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    driver = StepDriver([make_gpu_runner(tmp_path)], BLOCK_SIZE, NUM_BLOCKS)
+    staging = driver.runners[0]._staging
+    copies = []
+    monkeypatch.setattr(staging, "take", lambda take=staging.take: copies.append(driver.computed[0]) or take())
+    for slot in (0, 1):
+        driver.admit(slot, [1 + slot] * 12)
+    driver.step({0: 12, 1: 12}, [])
+    for _ in range(8):
+        driver.step({}, [0, 1])
+    # At first; at 16 the new blocks, and then that there are none.
+    assert copies == [12, 16, 17]
+    driver.step({}, [1])
+    driver.step({}, [0, 1])
+    assert copies == [12, 16, 17, 20, 20]
+
+
+def test_a_sequence_in_the_slot_of_another_is_sampled_in_its_own_way(tmp_path):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    prompt = [4, 5]
+    ways = [None, Sampling(temperature=50.0, seed=1), Sampling(logit_bias={7: 1000.0})]
+
+    def generate(way):
+        alone = StepDriver([make_gpu_runner(tmp_path)], BLOCK_SIZE, NUM_BLOCKS)
+        alone.admit(0, prompt, way)
+        return alone.generate(NUM_TOKENS)[0]
+
+    expected = [generate(way) for way in ways]
+    assert all(expected[one] != expected[other] for one, other in [(0, 1), (1, 2), (2, 0)])
+    driver = StepDriver([make_gpu_runner(tmp_path)], BLOCK_SIZE, NUM_BLOCKS)
+    driver.admit(0, [1])
+    driver.step({0: 1}, [])
+    for which in (0, 1, 2, 0):  # the same slots decode all along
+        driver.admit(1, prompt, ways[which])
+        driver.step({1: len(prompt)}, [])
+        for _ in range(NUM_TOKENS - 1):
+            driver.step({}, [0, 1])
+        assert driver.tokens[1][len(prompt) :] == expected[which]
 
 
 def test_many_prompts_behind_one_cached_prefix_give_the_same_tokens_in_bounded_memory(truth, device):

@@ -18,10 +18,13 @@ MIN_CAPABILITY = 8
 
 
 class Event(Protocol):
-    """Something that happened on the device."""
+    """Something that happens on the device. May be recorded again once nobody waits for what was recorded before."""
+
+    def record(self) -> None:
+        """Stand behind everything launched so far."""
 
     def synchronize(self) -> None:
-        """Wait until it has."""
+        """Wait until it has happened."""
 
 
 class Graph(Protocol):
@@ -49,8 +52,8 @@ class Device(Protocol):
     def stream(self) -> int:
         """The current stream, as the kernels take it."""
 
-    def record(self) -> Event | None:
-        """An event behind everything launched so far; None where nothing is asynchronous."""
+    def event(self) -> Event:
+        """One that sleeps while it waits."""
 
     def graph_pool(self) -> Any:
         """Memory that graphs can share."""
@@ -107,9 +110,8 @@ class CudaDevice:
     def stream(self) -> int:
         return int(torch.cuda.current_stream().cuda_stream)
 
-    def record(self) -> Event | None:
+    def event(self) -> Event:
         event: Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record()  # type: ignore[attr-defined]
         return event
 
     def graph_pool(self) -> Any:

@@ -31,17 +31,24 @@ class DecodeGraphs:
     """Runs `forward(num_rows)`, from graphs where they are enabled."""
 
     def __init__(
-        self, device: Device, forward: Callable[[int], torch.Tensor], sizes: Iterable[int], pool: Any = None
+        self,
+        device: Device,
+        forward: Callable[[int], torch.Tensor],
+        sizes: Iterable[int],
+        pool: Any = None,
+        on_captured: Callable[[], None] = lambda: None,
     ) -> None:
         """Captures a graph for each of `sizes`, the largest first: the smaller ones find their memory in its pool.
 
-        pool  of `Device.graph_pool`: memory that all graphs of an engine share, for no two of them run at a time
+        pool         of `Device.graph_pool`: memory that all graphs of an engine share, for no two run at a time
+        on_captured  called after each
         """
         self._forward = forward
         self._sizes = sorted(sizes)
         self._graphs: dict[int, tuple[Graph, torch.Tensor]] = {}
         for size in reversed(self._sizes):
             self._graphs[size] = device.capture(lambda size=size: forward(size), pool)  # type: ignore[misc]
+            on_captured()
 
     def run(self, num_rows: int) -> torch.Tensor:
         """What `forward` returns for `num_rows` staged rows and their padding, valid until the next run."""

@@ -5,7 +5,8 @@ Runs in: worker.
 `submit` launches a step and returns before the device has begun it; `Pending.result`, called from another thread,
 waits. So the next step is launched while this one runs, and the device never waits for Python.
 
-    decode step    one small copy to the device, one graph, the sampler, one small copy back
+    decode step    one small copy to the device if its slots or blocks are not those of the last one, one graph, the
+                   sampler, one small copy back
     other steps    the same kernels launched one by one; prefills through flash attention (`deterministic`: through the
                    decodes' kernel)
     step in which a sequence wants what only the host's sampler can do (penalties, log-probabilities): waits for its
@@ -15,6 +16,9 @@ waits. So the next step is launched while this one runs, and the device never wa
 from __future__ import annotations
 
 import contextlib
+import itertools
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +31,7 @@ from zmqexec.bus.status import Phase
 from zmqexec.errors import InternalError
 from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config, padded_head_dim
 from zmqexec.protocol import LoadModel, StepInput, StepOutput
-from zmqexec.worker.batch import Batch, Prefill, Rows
+from zmqexec.worker.batch import NO_BLOCKS, Batch, Prefill, Rows, Taken
 from zmqexec.worker.check_ranks import check_ranks
 from zmqexec.worker.gpu.attention import Contexts, PrefillContexts, groups_of
 from zmqexec.worker.gpu.collectives import GpuCollectives
@@ -40,7 +44,7 @@ from zmqexec.worker.gpu.model import SKINNY_ROWS, GpuLlama
 from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places
 from zmqexec.worker.gpu.pad_heads import pad_weights
 from zmqexec.worker.gpu.sampler import DeviceSampler
-from zmqexec.worker.gpu.staging import Staging
+from zmqexec.worker.gpu.staging import Results, Staging
 from zmqexec.worker.gpu.streaming import StreamedSource
 from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
@@ -66,7 +70,7 @@ class Pending:
     """
 
     step: StepInput
-    event: Event | None
+    event: Event
     token_ids: Int32Array
     sampled: Sampled | None
     health: Callable[[], str | None]
@@ -74,8 +78,7 @@ class Pending:
 
     def result(self) -> StepOutput:
         """What the step sampled. PeerMissing: a collective gave up on a peer. InternalError: as `check_ranks`."""
-        if self.event is not None:
-            self.event.synchronize()
+        self.event.synchronize()
         problem = self.health()
         if problem:
             raise PeerMissing(problem)
@@ -88,6 +91,19 @@ class Pending:
             logprobs=self.sampled.logprobs if self.sampled else [],
             prompt_logprobs=self.sampled.prompt_logprobs if self.sampled else [],
         )
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Slots that decode and how they are sampled: it holds until others decode, or one of them is admitted anew.
+
+    on_host    a sequence wants what only the host's sampler can do
+    is_greedy  all take their likeliest token
+    """
+
+    slots: IntArray
+    on_host: bool
+    is_greedy: bool
 
 
 class GpuRunner:
@@ -180,10 +196,12 @@ class GpuRunner:
         self._rows = DecodeRows.allocate(max_rows, where)
         self._step_buffer = torch.zeros(step_ints(max_rows, max_rows), dtype=torch.int32, device=where)
         self._out = torch.zeros(max_rows, dtype=torch.int32, device=where)
-        self._staging = Staging(step_ints(max_rows, max_rows), engine.run_ahead, pinned=device.is_cuda)
-        self._results = Staging(max_rows, engine.run_ahead, pinned=device.is_cuda)
+        self._staging = Staging(step_ints(max_rows, max_rows), engine.run_ahead, device)
+        self._staged: IntArray | None = None
+        """The slots that the device's step buffer names; None where it has block updates too."""
+        self._results = Results(self._out, engine.run_ahead, device)
         self._of_ranks = Staging(
-            max_rows * self._collectives.tp_size if self._checks_ranks else 0, engine.run_ahead, pinned=device.is_cuda
+            max_rows * self._collectives.tp_size if self._checks_ranks else 0, engine.run_ahead, device
         )
         heads = (len(sharding.heads), len(sharding.kv_heads), self._head_dim)
         splits = split_tokens(self._state.token_ids.shape[1]) if self._deterministic else 0
@@ -220,8 +238,11 @@ class GpuRunner:
         hidden = self._model.forward(zeros, places, cache, [contexts])
         self._sampler.whole(self._model.logits(hidden[: max(engine.max_num_seqs, POSITIONS_AT_ONCE)]))
 
-    def init_cache(self, num_blocks: int) -> None:
-        """Allocate a KV cache of `num_blocks` blocks and capture the graphs. `ConfigError`: out of memory."""
+    def init_cache(self, num_blocks: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Allocate a KV cache of `num_blocks` blocks and capture graphs, calling `on_progress(captured, all of them)`.
+
+        `ConfigError` where the device's memory does not suffice.
+        """
         assert self._model is not None
         engine, config, device = self._load.config, self._config, self._device
         shape = (num_blocks, 2, len(self._sharding.kv_heads), engine.block_size, self._head_dim)
@@ -232,21 +253,31 @@ class GpuRunner:
                 ]
             self._batch = Batch(engine.max_num_seqs, self._load.max_model_len, engine.block_size, num_blocks)
             self._host_sampled = np.zeros(engine.max_num_seqs, np.bool_)
+            self._decoding: Decoding | None = None
             with out_of_memory(device, "capturing CUDA graphs"):
-                self._capture()
+                self._capture(on_progress)
 
-    def _capture(self) -> None:
+    def _capture(self, on_progress: Callable[[int, int], None]) -> None:
         """Graphs of decode steps, where they can be had: one ladder ends with logits, the other with greedy tokens."""
         config, device = self._load.config, self._device
         sizes: list[int] = []
         if config.cuda_graphs and device.is_cuda and self._decode_attention.has_kernel:
             sizes = ladder(config.max_num_seqs)
+        begin, num_graphs, captured = time.monotonic(), 2 * len(sizes), itertools.count(1)
+
+        def on_captured() -> None:
+            on_progress(next(captured), num_graphs)
+
+        if sizes:
+            on_progress(0, num_graphs)
         few = [size for size in sizes if size <= SKINNY_ROWS]
         if few:
             tune(device, self._ops, self._decode_attention, self._collectives, self._decode_forward, few[0])
         pool = device.graph_pool()
-        self._logits_graphs = DecodeGraphs(device, self._decode_forward, sizes, pool)
-        self._greedy_graphs = DecodeGraphs(device, self._decode_greedily, sizes, pool)
+        self._logits_graphs = DecodeGraphs(device, self._decode_forward, sizes, pool, on_captured)
+        self._greedy_graphs = DecodeGraphs(device, self._decode_greedily, sizes, pool, on_captured)
+        if sizes and self._collectives.rank == 0:
+            print(f"captured {num_graphs} CUDA graphs in {time.monotonic() - begin:.1f} s", file=sys.stderr)
 
     # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -269,34 +300,26 @@ class GpuRunner:
     def _submit(self, step: StepInput) -> Pending:
         assert self._batch is not None
         with torch.inference_mode():
-            chunks, decodes = self._batch.take_in(step)
-            updates = self._updates(step)
+            taken = self._batch.take_in(step)
             for admission in step.admitted:
                 self._host_sampled[admission.slot] = self._sampler.admit(admission.slot, admission.sampling)
-            host_sampled = bool(self._host_sampled[decodes].any()) or bool(self._host_sampled[chunks[:, 0]].any())
-            self._on_phase(Phase.PREFILL if len(chunks) else Phase.DECODE)
-            if len(chunks) == 0 and not host_sampled and not step.admitted and len(updates) <= len(self._rows):
-                return self._decode(step, decodes, updates)
-            return self._mixed(step, self._batch.rows(chunks, decodes), updates, host_sampled)
+                self._decoding = None
+            decoding = self._decoding_of(taken.decodes)
+            self._on_phase(Phase.PREFILL if step.prefills else Phase.DECODE)
+            if step.prefills or step.admitted or decoding.on_host or len(taken.new_blocks) > len(self._rows):
+                return self._mixed(step, taken, decoding.on_host)
+            return self._decode(step, decoding, taken.new_blocks)
 
-    def _new_blocks(self, step: StepInput) -> Int32Array:
-        """(slot, index, block) of every new block of a step that the batch has taken in."""
-        assert self._batch is not None
-        if not step.new_blocks:
-            return np.empty((0, 3), np.int32)
-        pairs = np.frombuffer(step.new_blocks, "<i4").reshape(-1, 2)
-        slots = pairs[:, 0]
-        order = np.argsort(slots, kind="stable")
-        end = np.searchsorted(slots[order], slots[order], side="right")  # of each slot's run
-        index = self._batch.num_blocks[slots]
-        index[order] -= end - np.arange(len(slots))
-        return np.stack([slots, index, pairs[:, 1]], axis=1).astype(np.int32)
+    def _decoding_of(self, slots: IntArray) -> Decoding:
+        """`slots` with how they are sampled: the last step's, where it has the very same ones."""
+        decoding = self._decoding
+        if decoding is None or decoding.slots is not slots:
+            on_host = bool(self._host_sampled[slots].any())
+            decoding = self._decoding = Decoding(slots, on_host, self._sampler.is_greedy(slots))
+        return decoding
 
-    def _updates(self, step: StepInput) -> Int32Array:
+    def _updates(self, step: StepInput, new_blocks: Int32Array) -> Int32Array:
         """What the device must learn: lengths and blocks of admitted sequences, and new blocks."""
-        new_blocks = self._new_blocks(step)
-        if not step.admitted:
-            return new_blocks
         parts = []
         for admission in step.admitted:
             blocks = np.frombuffer(admission.block_table, "<i4")
@@ -308,25 +331,29 @@ class GpuRunner:
             parts.append(part)
         return np.concatenate([*parts, new_blocks])
 
-    def _decode(self, step: StepInput, decodes: IntArray, updates: Int32Array) -> Pending:
+    def _decode(self, step: StepInput, decoding: Decoding, new_blocks: Int32Array) -> Pending:
         assert self._batch is not None
-        num_rows = len(decodes)
-        self._stage(decodes, updates)
-        if self._sampler.is_greedy(decodes):
+        slots = decoding.slots
+        num_rows = len(slots)
+        self._stage(slots, new_blocks)
+        if decoding.is_greedy:
             self._greedy_graphs.run(num_rows)
         else:
             logits = self._logits_graphs.run(num_rows)
             rows = self._rows
-            sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, decodes)
+            sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, slots)
             self._ops.append(self._state, rows.row_slots, rows.context_lens, sampled, self._out)
-        self._batch.finish_decodes(decodes)
+        self._batch.finish_decodes(slots)
         return self._pending(step, num_rows, None)
 
-    def _stage(self, decodes: IntArray, updates: Int32Array) -> None:
-        """Copy the slots of a decode step and its block updates to the device."""
+    def _stage(self, slots: IntArray, new_blocks: Int32Array) -> None:
+        """Copy the slots of a decode step and its new blocks to the device, unless it has just these slots."""
+        if slots is self._staged and not len(new_blocks):
+            return
         staged, ints = self._staging.take()
-        count = write_step(ints, len(self._rows), decodes, updates)
+        count = write_step(ints, len(self._rows), slots, new_blocks)
         self._step_buffer[:count].copy_(staged[:count], non_blocking=True)
+        self._staged = None if len(new_blocks) else slots
 
     def _decode_forward(self, num_rows: int) -> torch.Tensor:
         """From the staged step to logits [num_rows, vocab_rows]: what a graph of `num_rows` rows holds."""
@@ -346,10 +373,12 @@ class GpuRunner:
         self._ops.append(self._state, rows.row_slots, rows.context_lens, sampled, self._out, pdl=pdl)
         return sampled
 
-    def _mixed(self, step: StepInput, rows: Rows, updates: Int32Array, host_sampled: bool) -> Pending:
-        """A step with prefills, or one that the host samples."""
+    def _mixed(self, step: StepInput, taken: Taken, host_sampled: bool) -> Pending:
+        """A step with prefills, or one that the host samples. host_sampled: for a decode's sake."""
         assert self._model is not None and self._batch is not None
-        self._update(updates)
+        rows = self._batch.rows(taken.chunks, taken.decodes)
+        host_sampled = host_sampled or bool(self._host_sampled[taken.chunks[:, 0]].any())
+        self._update(self._updates(step, taken.new_blocks))
         hidden = self._mixed_forward(rows)
         num_samples = len(rows.sample_slots)
         slots, known = self._to_device(rows.sample_slots, self._batch.num_known[rows.sample_slots])
@@ -388,7 +417,7 @@ class GpuRunner:
         )
         if num_decodes:
             decode_rows = self._rows.first(num_decodes)
-            self._stage(rows.decode_slots, np.empty((0, 3), np.int32))
+            self._stage(rows.decode_slots, NO_BLOCKS)
             self._ops.begin_decode(self._step_buffer, len(self._rows), self._state, decode_rows)
             # The device alone knows the tokens that were sampled last.
             token_ids[rows.num_prefill_tokens :] = decode_rows.input_ids
@@ -452,11 +481,9 @@ class GpuRunner:
 
     def _pending(self, step: StepInput, num_samples: int, host: Sampled | None) -> Pending:
         """Begin to copy the step's tokens back."""
-        result, ints = self._results.take()
-        if num_samples:
-            result[:num_samples].copy_(self._out[:num_samples], non_blocking=True)
         of_ranks = self._gather_tokens(num_samples)
-        return Pending(step, self._device.record(), ints[:num_samples], host, self._collectives.health, of_ranks)
+        token_ids, event = self._results.fetch(num_samples)
+        return Pending(step, event, token_ids, host, self._collectives.health, of_ranks)
 
     def _gather_tokens(self, num_samples: int) -> Int32Array | None:
         """Begin to copy every rank's tokens to rank 0's host, where they are to be compared.

@@ -66,7 +66,7 @@ class StreamedSource:
             torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=device.is_cuda) for _ in range(READING + COPYING)
         ]
         self._reading: deque[tuple[Chunk, torch.Tensor, Future[None]]] = deque()
-        self._copying: deque[tuple[torch.Tensor, Event | None]] = deque()
+        self._copying: deque[tuple[torch.Tensor, Event]] = deque()
         self._files = {file: os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in {info.file for info in infos}}
         self._threads = ThreadPoolExecutor(THREADS, "read-weights")
 
@@ -104,7 +104,9 @@ class StreamedSource:
                 staged = moved[:, columns.start : columns.stop]
             out[at : at + chunk.num_rows].copy_(staged, non_blocking=True)
             at += chunk.num_rows
-            self._copying.append((buffer, self._device.record()))
+            copied = self._device.event()
+            copied.record()
+            self._copying.append((buffer, copied))
         assert out is not None
         return out
 
@@ -121,8 +123,7 @@ class StreamedSource:
 
     def _reclaim(self) -> None:
         buffer, event = self._copying.popleft()
-        if event is not None:
-            event.synchronize()
+        event.synchronize()
         self._free.append(buffer)
 
     def _read_chunk(self, chunk: Chunk, buffer: torch.Tensor) -> None:
