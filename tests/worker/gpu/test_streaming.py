@@ -28,10 +28,12 @@ class FakeDevice:
         self.waiting = 0
         self.most = 0
 
-    def record(self) -> FakeDevice:
+    def event(self) -> FakeDevice:
+        return self
+
+    def record(self) -> None:
         self.waiting += 1
         self.most = max(self.most, self.waiting)
-        return self
 
     def synchronize(self) -> None:
         self.waiting -= 1
