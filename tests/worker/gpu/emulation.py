@@ -103,7 +103,9 @@ def make_gpu_runner(
 ) -> GpuRunner:
     """A loaded runner with its cache allocated; every cache row that was never written is NaN."""
     tp_size = collectives.tp_size if collectives else 1
-    settings = {"block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 256, **config}
+    # Ranks that are threads of one process cannot be captured: each would record what the others do, too.
+    defaults = {"block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 256, "cuda_graphs": tp_size == 1}
+    settings = {**defaults, **config}
     load = LoadModel(
         epoch=1,
         config=EngineConfig(**settings, tensor_parallel_size=tp_size),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from zmqexec.errors import InternalError
 from zmqexec.worker.kernels import reference
-from zmqexec.worker.kernels.paged_attention import MANY_ROWS, AttentionWorkspace, Launch, choose_launch
+from zmqexec.worker.kernels.paged_attention import MANY_ITEMS, AttentionWorkspace, Launch, choose_launch
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the largest expected value: softmax weights and the result are rounded to the dtype."""
@@ -180,12 +180,12 @@ def test_every_kernel(kernels_impl, head_dim, variant, dtype):
         kernels_impl.module.attention_grid(head_dim, 3)
 
 
-@pytest.mark.parametrize("num_rows", [MANY_ROWS - 1, MANY_ROWS])
+@pytest.mark.parametrize("num_rows", [MANY_ITEMS // 8 - 1, MANY_ITEMS // 8])
 def test_the_launch_of_few_and_of_many_rows(kernels_impl, num_rows):
     contexts = [1 + 37 * row % 50 for row in range(num_rows)]
-    launch = choose_launch(128, num_rows, kernels_impl.module)
-    assert launch == (Launch(2, 1) if num_rows < MANY_ROWS else Launch(0, 3))
-    batch = Batch(contexts, [1] * num_rows, head_dim=128, num_kv_heads=1, group=2)
+    launch = choose_launch(128, num_rows, 8, kernels_impl.module)
+    assert launch == (Launch(2, 1) if num_rows < MANY_ITEMS // 8 else Launch(0, 3))
+    batch = Batch(contexts, [1] * num_rows, head_dim=128, num_kv_heads=8, group=1)
     batch.check(kernels_impl, variant=launch.variant, num_blocks=4 * launch.blocks_per_sm)
 
 

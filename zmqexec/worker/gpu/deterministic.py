@@ -141,7 +141,7 @@ class PrefillAttention:
         if dtype != torch.float32:
             self._workspace = attention_workspace(
                 device,
-                choose_launch(head_dim, 1, device.native),  # as for decodes
+                choose_launch(head_dim, 1, num_kv_heads, device.native),  # as for decodes
                 max_rows=self._rows_at_once,
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,

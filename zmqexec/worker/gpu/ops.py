@@ -16,6 +16,9 @@ from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, begin_dec
 from zmqexec.worker.kernels.paged_attention import AttentionWorkspace, Launch, choose_launch
 from zmqexec.worker.kernels.reference import padded_decode_attention
 
+Norm = tuple[torch.Tensor, float]
+"""Weight and epsilon of a norm that comes before a product."""
+
 
 @dataclass(frozen=True)
 class Places:
@@ -88,6 +91,7 @@ class DecodeAttention:
         self._state = state
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._is_alone = fixed_split_tokens > 0
+        self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
         self._native = device.native
         self._workspace: AttentionWorkspace | None = None
@@ -110,7 +114,7 @@ class DecodeAttention:
 
     def _launch(self, num_rows: int) -> Launch:
         """Each sums in an order of its own, and so all rows of a deterministic engine have the same."""
-        return choose_launch(self._head_dim, 1 if self._is_alone else num_rows, self._native)
+        return choose_launch(self._head_dim, 1 if self._is_alone else num_rows, self._num_kv_heads, self._native)
 
     @property
     def has_kernel(self) -> bool:
@@ -296,7 +300,7 @@ class Ops:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         *,
-        norm: tuple[torch.Tensor, float] | None = None,
+        norm: Norm | None = None,
         out: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
@@ -310,7 +314,7 @@ class Ops:
         skinny_gemm.linear_residual_(residual, x, weight, bias, tuning=self.tuning)
 
     def linear_silu_mul(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: tuple[torch.Tensor, float]
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm | None
     ) -> torch.Tensor:
         """silu(gate) · up of norm(x) · weightᵀ + bias."""
         return skinny_gemm.linear_silu_mul(x, weight, bias, norm=_norm(norm), tuning=self.tuning)
@@ -320,7 +324,7 @@ class Ops:
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        norm: tuple[torch.Tensor, float],
+        norm: Norm | None,
         cache: torch.Tensor,
         places: Places,
         num_heads: int,
@@ -341,7 +345,7 @@ class Ops:
         )
 
 
-def _norm(norm: tuple[torch.Tensor, float] | None) -> skinny_gemm.Norm | None:
+def _norm(norm: Norm | None) -> skinny_gemm.Norm | None:
     return None if norm is None else skinny_gemm.Norm(*norm)
 
 

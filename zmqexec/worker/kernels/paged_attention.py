@@ -20,7 +20,8 @@ MIN_SPLIT_TILES = 16
 On an H100, µs with 16 and with 4, of 32 heads over 8 KV heads: 7.1 and 8.6 for one sequence of 1024 tokens; over 32:
 6.3 and 7.8 for one of 300, 18.7 and 22.1 for eight of 300; no difference from 1000 tokens on."""
 
-MANY_ROWS = 128
+MANY_ITEMS = 1024
+"""KV heads of rows: what a launch divides among its blocks."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ class Launch:
     blocks_per_sm: int
 
 
-def choose_launch(head_dim: int, num_rows: int, module: ModuleType) -> Launch:
+def choose_launch(head_dim: int, num_rows: int, num_kv_heads: int, module: ModuleType) -> Launch:
     """The fastest for a step of so many rows, padded ones included.
 
-    Heads of 128, on an H100, µs: with few rows one block of 8 warps per SM (50 against 52 for 8 rows of 4096 tokens, 8
-    KV heads; 55 against 68 for one of 32768), with many three of 4 warps (24 against 46 for 256 rows of 40 tokens, 422
-    against 426 for 128 of 600, 32 KV heads).
+    Heads of 128, on an H100, µs: with few items one block of 8 warps per SM (50 against 52 for 8 rows of 4096 tokens, 8
+    KV heads; 55 against 68 for one of 32768), with many three of 4 warps (24 against 46 for 256 rows of 40 tokens, 8 KV
+    heads; 361 against 364 for 64 of 1024, 32 KV heads).
     """
     if head_dim == 128:
-        return Launch(2, 1) if num_rows < MANY_ROWS else Launch(0, 3)
+        return Launch(2, 1) if num_rows * num_kv_heads < MANY_ITEMS else Launch(0, 3)
     return Launch(0, module.attention_grid(head_dim, 0)[0])
 
 
