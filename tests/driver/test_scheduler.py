@@ -190,6 +190,19 @@ def test_a_stop_seen_late_discards_the_token_in_flight() -> None:
     assert simulation.tokens["a"][-1] == EOS
 
 
+def test_what_a_sequence_owns_is_free_when_the_last_step_that_names_it_is_collected() -> None:
+    simulation = Simulation(make_config(), num_blocks=8, depth=1)
+    simulation.add(new_request("a", [1, 2, 3]))
+    for _ in range(2):
+        simulation.turn()
+    simulation.scheduler.abort("a")
+    assert len(simulation.outstanding) == 1
+    assert simulation.scheduler.stats.num_blocks_used == 1
+    simulation.turn()
+    assert not simulation.outstanding
+    assert simulation.scheduler.stats.num_blocks_used == 0
+
+
 def test_the_newest_sequence_is_preempted_and_finishes_later_with_the_same_tokens() -> None:
     simulation = Simulation(make_config(enable_prefix_caching=False), num_blocks=8, depth=1)
     prompts = {"old": [1] * 8, "new": [2] * 8}
@@ -237,6 +250,16 @@ def test_the_last_token_of_a_cached_prompt_is_computed_for_its_logits() -> None:
         simulation.run_to_the_end(bound=10)
     assert simulation.scheduler.stats.cached_prompt_tokens == 4
     assert simulation.tokens["first"] == simulation.tokens["again"]
+
+
+def test_a_block_of_output_is_shared_once_it_is_full() -> None:
+    simulation = Simulation(make_config(), num_blocks=16, depth=1)
+    prompt = [1, 2, 3, 4]
+    simulation.add(new_request("turn 1", prompt, max_tokens=5))
+    simulation.run_to_the_end(bound=20)
+    simulation.add(new_request("turn 2", prompt + simulation.tokens["turn 1"], max_tokens=1))
+    simulation.run_to_the_end(bound=20)
+    assert simulation.scheduler.stats.cached_prompt_tokens == 8
 
 
 def test_a_salt_keeps_equal_prompts_apart() -> None:

@@ -108,6 +108,7 @@ def test_new_blocks_are_appended_in_order_and_named_by_their_places(pairs):
         (StepInput(0, 0, prefills=b"abc"), "prefills has 3 bytes"),
         (StepInput(0, 0, new_blocks=b"abcd"), "new_blocks has 4 bytes"),
         (step(new_blocks=[3, 1]), r"slot 3 is not in \[0, 3\)"),
+        (step(new_blocks=[1, 2], admitted=[admission(1, [1], [1] * 6)]), "block 2 as number 6.* a sequence at most 6"),
         (step(new_blocks=[-1, 1]), r"slot -1 is not in \[0, 3\)"),
         (step(admitted=[Admission(1, b"abcde", 1, 0, b"")]), "token_ids has 5 bytes"),
         (step(admitted=[Admission(1, pack([1]), 1, 0, b"abc")]), "block_table has 3 bytes"),

@@ -8,6 +8,8 @@ import torch
 from tests.checkpoints import VARIANTS, make_checkpoint, random_prompts
 from tests.worker.step_driver import StepDriver, ThreadCollectives, make_runner
 from zmqexec.protocol import Sampling
+from zmqexec.worker import choose as choosing
+from zmqexec.worker.logprobs import LogprobsBuilder
 from zmqexec.worker.models.llama import LlamaModel
 
 NUM_TOKENS = 10
@@ -82,10 +84,11 @@ def test_a_request_has_the_same_bits_in_any_company(folder, tp_size, dtype):
     assert preempted(folder, tp_size, **options) == expected
 
 
-def test_every_call_of_the_model_is_of_one_token(folder, monkeypatch):
+def test_every_call_of_model_and_sampler_is_of_one_token(folder, monkeypatch):
     """What the promise rests on, where this CPU's libraries would have kept it by chance."""
     shapes = set()
     forward, logits = LlamaModel.forward, LlamaModel.logits
+    choose, add = choosing._choose, LogprobsBuilder.add
 
     def seen_forward(self, rows, cache, plan):
         hidden = forward(self, rows, cache, plan)
@@ -96,10 +99,20 @@ def test_every_call_of_the_model_is_of_one_token(folder, monkeypatch):
         shapes.add(("logits", len(hidden)))
         return logits(self, hidden)
 
+    def seen_choose(logits, filters, uniforms):
+        shapes.add(("choose", len(logits)))
+        return choose(logits, filters, uniforms)
+
+    def seen_add(self, logits, chosen):
+        shapes.add(("logprobs", len(logits)))
+        add(self, logits, chosen)
+
     monkeypatch.setattr(LlamaModel, "forward", seen_forward)
     monkeypatch.setattr(LlamaModel, "logits", seen_logits)
+    monkeypatch.setattr(choosing, "_choose", seen_choose)
+    monkeypatch.setattr(LogprobsBuilder, "add", seen_add)
     together(folder, 1, deterministic=True)
-    assert shapes == {("forward", 1, 0), ("logits", 1)}
+    assert shapes == {("forward", 1, 0), ("logits", 1), ("choose", 1), ("logprobs", 1)}
 
 
 def test_a_prefix_from_the_cache_has_the_bits_of_one_computed_anew(folder):

@@ -10,12 +10,15 @@ import torch
 from torch.nn.functional import linear
 
 from tests.checkpoints import VARIANTS, make_checkpoint, random_prompts
-from tests.worker.gpu.emulation import NUM_BLOCKS, EmulatedDevice, make_gpu_runner
+from tests.worker.gpu.emulation import NUM_BLOCKS, EmulatedDevice, TorchCollectives, make_gpu_runner
 from tests.worker.step_driver import StepDriver, ThreadCollectives
 from zmqexec.errors import ConfigError
 from zmqexec.protocol import Sampling
 from zmqexec.worker.gpu import deterministic
 from zmqexec.worker.gpu.graphs import DecodeGraphs, ladder
+from zmqexec.worker.gpu.ops import DecodeAttention
+from zmqexec.worker.kernels.decode_state import SlotState
+from zmqexec.worker.kernels.paged_attention import MANY_ROWS, choose_launch
 
 BLOCK_SIZE = 16
 NUM_TOKENS = 8
@@ -293,6 +296,38 @@ def test_a_library_whose_rows_depend_on_their_place_is_refused():
     ) as caught:
         deterministic.check_product(uneven, weight, "o")
     assert caught.value.param == "deterministic"
+
+
+@pytest.mark.parametrize("num_rows", [MANY_ROWS - 1, MANY_ROWS])
+def test_steps_of_few_and_of_many_rows_are_launched_alike(monkeypatch, num_rows):
+    """Heads of 128 have a launch for few rows and one for many, and each sums in an order of its own."""
+    asked = []
+
+    def choose(*arguments):
+        asked.append(choose_launch(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr("zmqexec.worker.gpu.ops.choose_launch", choose)
+    device, cpu = EmulatedDevice(), torch.device("cpu")
+    state = SlotState.allocate(MANY_ROWS, 64, BLOCK_SIZE, cpu)
+    rows = torch.zeros((2, num_rows), dtype=torch.int32)
+    for fixed_split_tokens in (64, 0):
+        attention = DecodeAttention(device, torch.bfloat16, state, 2, 1, 128, fixed_split_tokens)
+        attention.plan(*rows)
+        is_many = num_rows >= MANY_ROWS and not fixed_split_tokens
+        assert asked[-1] == choose_launch(128, MANY_ROWS if is_many else 1, device.native)
+
+
+def test_a_norm_does_not_depend_on_how_large_the_sum_before_it_is(tmp_path, monkeypatch):
+    """The all-reduce with a norm in it takes small sums alone."""
+    make_checkpoint(tmp_path, **MODELS["heads-of-64"])
+
+    def fused(*_):
+        raise AssertionError("it computes the norm in another way than the kernel that large sums need")
+
+    monkeypatch.setattr(TorchCollectives, "all_reduce_residual_norm", fused)
+    engine = Engine(tmp_path, ("heads-of-64", "bfloat16", "emulated"), EmulatedDevice(), 2, num_prompt=20)
+    assert len(engine.alone(None).tokens) == NUM_TOKENS
 
 
 @pytest.mark.parametrize("max_context_len", [1, 255, 4097, 131_073])

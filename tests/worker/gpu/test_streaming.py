@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -94,6 +95,7 @@ def test_closing_ends_threads_and_files_in_the_middle(tmp_path):
     source.close()
     source.close()
     assert not open_files(tmp_path)
+    assert not [*source._free, *source._reading, *source._copying]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-weights")]
 
 
@@ -135,6 +137,19 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_named(tmp_path, monkeypatch)
         with pytest.raises(CheckpointError, match=r"model.safetensors has become shorter .* ends at byte \d+"):
             for request in requests[1:]:
                 source.read(*request)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path)
+    requests = request_list(tmp_path)
+
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    said = r"model.safetensors cannot be read at byte \d+: Input/output error"
+    with StreamedSource(tmp_path, requests, FakeDevice()) as source, pytest.raises(CheckpointError, match=said):
+        source.read(*requests[0])
 
 
 @pytest.mark.gpu

@@ -3,10 +3,9 @@
 Runs in: worker.
 
 Prefills use torch's variable-length flash attention over contiguous keys: of the chunk itself, or, where a prefix is
-cached, gathered from the cache's pages. Chunks are attended in groups, so that a
-short rest of many prompts behind one long prefix does not gather that prefix for all of them at a time. float32 is for
-truth, not for speed: one call of `scaled_dot_product_attention` per sequence. Those of a deterministic engine are in
-`deterministic.py`.
+cached, gathered from the cache's pages. Chunks are attended in groups, so that a short rest of many prompts behind one
+long prefix does not gather that prefix for all of them at a time. float32 is for truth, not for speed: one call of
+`scaled_dot_product_attention` per sequence. Those of a deterministic engine are in `deterministic.py`.
 """
 
 from __future__ import annotations

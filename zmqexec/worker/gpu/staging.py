@@ -5,6 +5,9 @@ Runs in: worker.
 A buffer is free again when the driver has collected the step that used it, and the driver publishes no step before it
 has collected the one that came `run_ahead + 1` before: of `run_ahead + 2` buffers, used in turn, nobody ever waits for
 one. The same holds for the events that stand behind results.
+
+The driver hears of rank 0 alone. On other ranks a step's copy to the device lies before the sums that rank 0 needs, and
+nobody reads their results.
 """
 
 from __future__ import annotations

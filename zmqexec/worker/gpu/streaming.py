@@ -79,11 +79,13 @@ class StreamedSource:
     def close(self) -> None:
         """End the threads and let go of files and buffers."""
         self._threads.shutdown(cancel_futures=True)
-        while self._copying:
-            self._reclaim()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
+        self._reading.clear()
+        while self._copying:
+            self._reclaim()
+        self._free.clear()
 
     def read(self, name: str, rows: Sequence[range], columns: range | None) -> torch.Tensor:
         if not self._requests or self._requests.popleft() != (name, rows, columns):
@@ -130,7 +132,10 @@ class StreamedSource:
         info, left = chunk.info, buffer.numpy().data[: chunk.num_bytes]
         offset = info.begin + chunk.begin * _row_bytes(info)
         while left:
-            count = os.preadv(self._files[info.file], [left], offset)
+            try:
+                count = os.preadv(self._files[info.file], [left], offset)
+            except OSError as error:
+                raise CheckpointError(f"{info.file} cannot be read at byte {offset}: {error.strerror}") from error
             if count == 0:
                 raise CheckpointError(f"{info.file} has become shorter while it was read: it ends at byte {offset}")
             left, offset = left[count:], offset + count
