@@ -519,8 +519,8 @@ __global__ void REGISTERS(WARPS, HEAD_DIM) paged_attention_kernel(const Attentio
     }
 }
 
-// A kernel and how many of its blocks an SM is given: the successor's blocks shall fit beside them, so all of them
-// together use at most 100 KB of shared memory.
+// A kernel and how many of its blocks an SM is given so that the successor's blocks fit beside them: together they use
+// at most 100 KB of shared memory.
 struct Variant {
     int head_dim, warps, slots, blocks_per_sm;
     int shared_bytes;

@@ -18,7 +18,7 @@ from zmqexec.worker.gpu import deterministic
 from zmqexec.worker.gpu.graphs import DecodeGraphs, ladder
 from zmqexec.worker.gpu.ops import DecodeAttention
 from zmqexec.worker.kernels.decode_state import SlotState
-from zmqexec.worker.kernels.paged_attention import MANY_ROWS, choose_launch
+from zmqexec.worker.kernels.paged_attention import MANY_ITEMS, choose_launch
 
 BLOCK_SIZE = 16
 NUM_TOKENS = 8
@@ -298,7 +298,7 @@ def test_a_library_whose_rows_depend_on_their_place_is_refused():
     assert caught.value.param == "deterministic"
 
 
-@pytest.mark.parametrize("num_rows", [MANY_ROWS - 1, MANY_ROWS])
+@pytest.mark.parametrize("num_rows", [MANY_ITEMS // 8 - 1, MANY_ITEMS // 8])
 def test_steps_of_few_and_of_many_rows_are_launched_alike(monkeypatch, num_rows):
     """Heads of 128 have a launch for few rows and one for many, and each sums in an order of its own."""
     asked = []
@@ -309,13 +309,13 @@ def test_steps_of_few_and_of_many_rows_are_launched_alike(monkeypatch, num_rows)
 
     monkeypatch.setattr("zmqexec.worker.gpu.ops.choose_launch", choose)
     device, cpu = EmulatedDevice(), torch.device("cpu")
-    state = SlotState.allocate(MANY_ROWS, 64, BLOCK_SIZE, cpu)
+    state = SlotState.allocate(MANY_ITEMS // 8, 64, BLOCK_SIZE, cpu)
     rows = torch.zeros((2, num_rows), dtype=torch.int32)
     for fixed_split_tokens in (64, 0):
-        attention = DecodeAttention(device, torch.bfloat16, state, 2, 1, 128, fixed_split_tokens)
+        attention = DecodeAttention(device, torch.bfloat16, state, 8, 8, 128, fixed_split_tokens)
         attention.plan(*rows)
-        is_many = num_rows >= MANY_ROWS and not fixed_split_tokens
-        assert asked[-1] == choose_launch(128, MANY_ROWS if is_many else 1, device.native)
+        is_many = num_rows >= MANY_ITEMS // 8 and not fixed_split_tokens
+        assert asked[-1] == choose_launch(128, MANY_ITEMS if is_many else 1, 8, device.native)
 
 
 def test_a_norm_does_not_depend_on_how_large_the_sum_before_it_is(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from zmqexec.errors import CheckpointError, InternalError
 from zmqexec.model_config import Sharding, load_model_config
 from zmqexec.worker.gpu import streaming
 from zmqexec.worker.gpu.streaming import COPYING, READING, StreamedSource
-from zmqexec.worker.models.weights import SafetensorsSource, load_weights, requests_of
+from zmqexec.worker.models.weights import Request, SafetensorsSource, load_weights, requests_of
 
 
 class FakeDevice:
@@ -174,3 +174,15 @@ def test_a_gpu_gets_what_the_cpu_gets(tmp_path, tp_size):
             torch.device("cuda"),
         )
     assert all(torch.equal(ours.cpu(), own) for ours, own in zip(tensors_of(weights), expected, strict=True))
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    config = make_checkpoint(tmp_path).config
+
+    def refuse(file, flags):
+        raise OSError(errno.EMFILE, "Too many open files", str(file))
+
+    monkeypatch.setattr(os, "open", refuse)
+    requests = [Request("model.norm.weight", [range(config.hidden_size)], None)]
+    with pytest.raises(CheckpointError, match=r"\.safetensors cannot be read: Too many open files"):
+        StreamedSource(tmp_path, requests, FakeDevice())

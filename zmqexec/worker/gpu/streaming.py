@@ -55,7 +55,7 @@ class StreamedSource:
     def __init__(
         self, model_dir: Path, requests: Sequence[Request], device: Device, chunk_bytes: int = CHUNK_BYTES
     ) -> None:
-        """`CheckpointError` where a requested tensor is missing, of another type, or too small."""
+        """`CheckpointError` where a tensor is missing, of another type, or too small, or a file cannot be read."""
         self._device = device
         self._requests = deque(requests)
         tensors = Checkpoint(model_dir).tensors
@@ -67,8 +67,14 @@ class StreamedSource:
         ]
         self._reading: deque[tuple[Chunk, torch.Tensor, Future[None]]] = deque()
         self._copying: deque[tuple[torch.Tensor, Event]] = deque()
-        self._files = {file: os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in {info.file for info in infos}}
         self._threads = ThreadPoolExecutor(THREADS, "read-weights")
+        self._files: dict[Path, int] = {}
+        try:
+            for file in {info.file for info in infos}:
+                self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def __enter__(self) -> StreamedSource:
         return self
