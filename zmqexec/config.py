@@ -29,6 +29,7 @@ MAX_SEED = 2**64 - 1
 WaitPolicy = Literal["latency", "balanced", "eco"]
 WAIT_POLICIES: tuple[WaitPolicy, ...] = get_args(WaitPolicy)
 """In the order of csrc/bus/ring.h."""
+STEP_TOKENS = 2048
 DEMO_NAME = "zmqexec-demo"
 """Of the built-in model, whose folder's name says nothing."""
 
@@ -44,7 +45,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     load_format             dummy: random weights at the geometry of config.json, for benchmarks
     max_model_len           longest prompt plus output, in tokens; default: what the checkpoint declares
     max_num_seqs            sequences that run at the same time
-    max_num_batched_tokens  tokens one step may compute: bounds the time of a step
+    max_num_batched_tokens  tokens one step may compute: bounds the time of a step; default: 2048, on GPUs 8192
     block_size              tokens per block of the KV cache
     kv_cache_memory_bytes   memory for the KV cache of one worker; default: by the memory that is free
     gpu_memory_utilization  share of a GPU's memory that may be in use, other programs' included
@@ -75,7 +76,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     load_format: Literal["auto", "dummy"] = "auto"
     max_model_len: Annotated[int, Meta(ge=2)] | None = None
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] = 256
-    max_num_batched_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 2048
+    max_num_batched_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
     block_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
     gpu_memory_utilization: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.9
@@ -104,7 +105,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 "it runs one rank in this process; use executor='multiproc'",
                 "executor",
             )
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "a step computes at least one token of every running sequence; raise the first or lower the second",
@@ -112,6 +113,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             )
         if self.name is not None and not self.name.isprintable():
             raise ConfigError(f"name={self.name!r}: must consist of printable characters", "name")
+
+    @property
+    def step_tokens(self) -> int:
+        """`max_num_batched_tokens`, or what stands for it; on a GPU the plan has set it."""
+        return self.max_num_batched_tokens or max(STEP_TOKENS, self.max_num_seqs)
 
     @property
     def engine_name(self) -> str:

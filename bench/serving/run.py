@@ -100,7 +100,7 @@ def _settings(setting: Setting) -> dict[str, Any]:
         "repetitions": setting.repetitions,
         "max_model_len": setting.max_model_len,
         "max_num_seqs": setting.max_num_seqs,
-        "max_num_batched_tokens": setting.max_num_batched_tokens or EngineConfig().max_num_batched_tokens,
+        "max_num_batched_tokens": setting.max_num_batched_tokens or "each engine's default",
         "cuda_graphs": setting.cuda_graphs,
         "enable_prefix_caching": False,
         "tokenizer": setting.tokenizer is not None,

@@ -94,6 +94,16 @@ def test_blocks_are_counted_with_their_heads_as_the_device_pads_them(machine):
     assert make_plan(EngineConfig(device="cuda", dtype="float32")).block_bytes == 2 * on_cpu.block_bytes
 
 
+@pytest.mark.parametrize(
+    ("device", "settings", "tokens"),
+    [("cpu", {}, 2048), ("cpu", {"max_num_seqs": 3000}, 3000), ("cuda", {}, 8192),
+     ("cuda", {"max_num_batched_tokens": 512}, 512)],
+)  # fmt: skip
+def test_a_step_takes_more_tokens_on_a_gpu_unless_told_otherwise(machine, device, settings, tokens):
+    machine(1)
+    assert make_plan(EngineConfig(device=device, **settings)).config.step_tokens == tokens
+
+
 def test_a_cache_too_small_for_one_sequence_is_refused_with_what_helps_on_a_gpu(machine):
     machine(1)
     plan = make_plan(EngineConfig(device="cuda"))

@@ -195,7 +195,7 @@ class Scheduler:
             return None
         decodes, growing = chosen
         new_blocks = self._grow(growing)
-        budget = self._config.max_num_batched_tokens - len(decodes)
+        budget = self._config.step_tokens - len(decodes)
         prefills: list[Chunk] = []
         admitted: list[Admission] = []
         if len(decodes) < len(self._running):

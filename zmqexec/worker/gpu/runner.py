@@ -218,7 +218,7 @@ class GpuRunner:
         at a time, and a sample of every slot or a prompt's log-probabilities."""
         assert self._model is not None
         engine, device = self._load.config, self._device.torch_device
-        num_tokens = engine.max_num_batched_tokens
+        num_tokens = engine.step_tokens
         lens = [
             min(self._load.max_model_len, num_tokens - begin)
             for begin in range(0, num_tokens, self._load.max_model_len)
@@ -434,7 +434,7 @@ class GpuRunner:
         if self._prefill_attention is not None:
             chunks = [(prefill.slot, prefill.start, prefill.stop) for prefill in rows.prefills]
             return [self._prefill_attention.contexts(chunks, self._to_device)]
-        most = max(self._load.max_model_len, self._load.config.max_num_batched_tokens)
+        most = max(self._load.max_model_len, self._load.config.step_tokens)
         groups = groups_of([prefill.stop for prefill in rows.prefills], most)
         return [self._group(rows, rows.prefills[group.start : group.stop]) for group in groups]
 
