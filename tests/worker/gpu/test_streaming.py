@@ -16,7 +16,7 @@ from zmqexec.errors import CheckpointError, InternalError
 from zmqexec.model_config import Sharding, load_model_config
 from zmqexec.worker.gpu import streaming
 from zmqexec.worker.gpu.streaming import COPYING, READING, StreamedSource
-from zmqexec.worker.models.weights import Request, SafetensorsSource, load_weights, requests_of
+from zmqexec.worker.models.weights import SafetensorsSource, TensorSlice, load_weights, slices_of
 
 
 class FakeDevice:
@@ -42,7 +42,7 @@ class FakeDevice:
 
 def request_list(path: Path, rank: int = 0, tp_size: int = 1):
     config = load_model_config(path)
-    return requests_of(config, Sharding(config, rank, tp_size), rank, tp_size)
+    return slices_of(config, Sharding(config, rank, tp_size), rank, tp_size)
 
 
 def load(path, rank, tp_size, dtype, source):
@@ -77,10 +77,10 @@ def test_streamed_weights_are_those_read_one_by_one(tmp_path, name, tp_size):
 
 def test_memory_is_a_few_chunks_whatever_the_size_of_the_checkpoint(tmp_path):
     make_checkpoint(tmp_path)
-    requests = request_list(tmp_path)
-    with StreamedSource(tmp_path, requests, FakeDevice(), 4096) as source:
+    slices = request_list(tmp_path)
+    with StreamedSource(tmp_path, slices, FakeDevice(), 4096) as source:
         assert [len(buffer) for buffer in source._free] == [4096] * (READING + COPYING)
-        for request in requests:
+        for request in slices:
             source.read(*request)
             held = len(source._free) + len(source._reading) + len(source._copying)
             assert held == READING + COPYING
@@ -88,9 +88,9 @@ def test_memory_is_a_few_chunks_whatever_the_size_of_the_checkpoint(tmp_path):
 
 def test_closing_ends_threads_and_files_in_the_middle(tmp_path):
     make_checkpoint(tmp_path, max_shard_size="60KB")
-    requests = request_list(tmp_path)
-    source = StreamedSource(tmp_path, requests, FakeDevice(), 1000)
-    source.read(*requests[0])
+    slices = request_list(tmp_path)
+    source = StreamedSource(tmp_path, slices, FakeDevice(), 1000)
+    source.read(*slices[0])
     assert open_files(tmp_path)
     source.close()
     source.close()
@@ -101,16 +101,16 @@ def test_closing_ends_threads_and_files_in_the_middle(tmp_path):
 
 def test_another_order_than_the_announced_one_is_refused(tmp_path):
     make_checkpoint(tmp_path)
-    requests = request_list(tmp_path)
-    with StreamedSource(tmp_path, requests, FakeDevice()) as source:
-        source.read(*requests[0])
+    slices = request_list(tmp_path)
+    with StreamedSource(tmp_path, slices, FakeDevice()) as source:
+        source.read(*slices[0])
         with pytest.raises(InternalError, match="out of the announced order"):
-            source.read(*requests[2])
+            source.read(*slices[2])
 
 
 def test_a_tensor_that_is_missing_small_or_of_an_unknown_type_is_named(tmp_path):
     make_checkpoint(tmp_path)
-    requests, file = request_list(tmp_path), tmp_path / "model.safetensors"
+    slices, file = request_list(tmp_path), tmp_path / "model.safetensors"
     tensors = load_file(file)
     name = "model.layers.1.mlp.down_proj.weight"
     for replacement, said in (
@@ -120,36 +120,36 @@ def test_a_tensor_that_is_missing_small_or_of_an_unknown_type_is_named(tmp_path)
     ):
         save_file({**tensors, name: replacement}, file)
         with pytest.raises(CheckpointError, match=f"{name!r} in model.safetensors .*{said}"):
-            StreamedSource(tmp_path, requests, FakeDevice())
+            StreamedSource(tmp_path, slices, FakeDevice())
     del tensors[name]
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=f"no tensor {name!r}"):
-        StreamedSource(tmp_path, requests, FakeDevice())
+        StreamedSource(tmp_path, slices, FakeDevice())
 
 
 def test_a_file_that_is_cut_off_while_it_is_read_is_named(tmp_path, monkeypatch):
     make_checkpoint(tmp_path)
-    requests = request_list(tmp_path)
+    slices = request_list(tmp_path)
     monkeypatch.setattr(streaming, "READING", 1)
-    with StreamedSource(tmp_path, requests, FakeDevice(), 512) as source:
-        source.read(*requests[0])
+    with StreamedSource(tmp_path, slices, FakeDevice(), 512) as source:
+        source.read(*slices[0])
         os.truncate(tmp_path / "model.safetensors", 1000)
         with pytest.raises(CheckpointError, match=r"model.safetensors has become shorter .* ends at byte \d+"):
-            for request in requests[1:]:
+            for request in slices[1:]:
                 source.read(*request)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     make_checkpoint(tmp_path)
-    requests = request_list(tmp_path)
+    slices = request_list(tmp_path)
 
     def failing(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", failing)
     said = r"model.safetensors cannot be read at byte \d+: Input/output error"
-    with StreamedSource(tmp_path, requests, FakeDevice()) as source, pytest.raises(CheckpointError, match=said):
-        source.read(*requests[0])
+    with StreamedSource(tmp_path, slices, FakeDevice()) as source, pytest.raises(CheckpointError, match=said):
+        source.read(*slices[0])
 
 
 @pytest.mark.gpu
@@ -183,6 +183,6 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EMFILE, "Too many open files", str(file))
 
     monkeypatch.setattr(os, "open", refuse)
-    requests = [Request("model.norm.weight", [range(config.hidden_size)], None)]
+    slices = [TensorSlice("model.norm.weight", [range(config.hidden_size)], None)]
     with pytest.raises(CheckpointError, match=r"\.safetensors cannot be read: Too many open files"):
-        StreamedSource(tmp_path, requests, FakeDevice())
+        StreamedSource(tmp_path, slices, FakeDevice())

@@ -90,13 +90,13 @@ def split_tokens(max_context_len: int) -> int:
 
 
 @dataclass(frozen=True)
-class Launch:
+class RowGroup:
     """Rows of prefills that are attended together: row i has query tokens [query_starts[i], query_starts[i + 1]).
 
     tokens        of all the step's prefills
     row_slots     [num_rows]      int32 on the device
     context_lens  [num_rows]      int32 on the device, up to the row's last token
-    query_starts  [num_rows + 1]  int32 on the device, counted from the launch's first token
+    query_starts  [num_rows + 1]  int32 on the device, counted from the group's first token
     """
 
     tokens: slice
@@ -111,12 +111,12 @@ class FixedContexts:
 
     attention: PrefillAttention
     num_tokens: int
-    launches: list[Launch]
+    groups: list[RowGroup]
 
     def attend(self, out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> None:
         """As `Contexts.attend`."""
-        for launch in self.launches:
-            self.attention.attend(out[launch.tokens], qkv[launch.tokens, :num_heads], cache, launch, scale)
+        for group in self.groups:
+            self.attention.attend(out[group.tokens], qkv[group.tokens, :num_heads], cache, group, scale)
 
 
 class PrefillAttention:
@@ -161,22 +161,24 @@ class PrefillAttention:
             ],
             np.int32,
         )
-        launches: list[Launch] = []
+        groups: list[RowGroup] = []
         num_tokens = 0
         for first in range(0, len(rows), self._rows_at_once):
             slots, lens, counts = rows[first : first + self._rows_at_once].T
             starts: npt.NDArray[Any] = np.cumsum([0, *counts])
             tokens = slice(num_tokens, num_tokens + int(starts[-1]))
-            launches.append(Launch(tokens, *to_device(slots, lens, starts)))
+            groups.append(RowGroup(tokens, *to_device(slots, lens, starts)))
             num_tokens = tokens.stop
-        return FixedContexts(self, num_tokens, launches)
+        return FixedContexts(self, num_tokens, groups)
 
-    def attend(self, out: torch.Tensor, query: torch.Tensor, cache: torch.Tensor, launch: Launch, scale: float) -> None:
-        """One layer of a launch. out, query  [num_tokens, num_heads, head_dim]; `cache` holds the tokens already."""
+    def attend(
+        self, out: torch.Tensor, query: torch.Tensor, cache: torch.Tensor, group: RowGroup, scale: float
+    ) -> None:
+        """One layer of a group. out, query  [num_tokens, num_heads, head_dim]; `cache` holds the tokens already."""
         tables = self._state.block_tables
         if self._workspace is None:
-            attend_padded(out, query, cache, tables, launch.row_slots, launch.context_lens, scale, at_once=1)
+            attend_padded(out, query, cache, tables, group.row_slots, group.context_lens, scale, at_once=1)
             return
-        # The plans of all launches share their memory, so each is made anew in every layer.
-        self._workspace.plan(launch.context_lens, launch.row_slots, launch.query_starts, pdl=False)
+        # The plans of all groups share their memory, so each is made anew in every layer.
+        self._workspace.plan(group.context_lens, group.row_slots, group.query_starts, pdl=False)
         self._workspace.attend(out, query, cache, tables, scale=scale, pdl=False)

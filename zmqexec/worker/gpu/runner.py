@@ -49,7 +49,7 @@ from zmqexec.worker.gpu.streaming import StreamedSource
 from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
 from zmqexec.worker.logprobs import POSITIONS_AT_ONCE
-from zmqexec.worker.models.weights import LlamaWeights, RandomSource, TensorSource, load_weights, requests_of
+from zmqexec.worker.models.weights import LlamaWeights, RandomSource, TensorSource, load_weights, slices_of
 from zmqexec.worker.outputs import PeerMissing
 from zmqexec.worker.sampler import Sampled, Sampler
 
@@ -184,8 +184,8 @@ class GpuRunner:
             if self._load.config.load_format == "dummy":
                 source = RandomSource(config, device.torch_device)
             else:
-                requests = requests_of(config, self._sharding, *ranks)
-                source = stack.enter_context(StreamedSource(Path(self._load.model_dir), requests, device))
+                slices = slices_of(config, self._sharding, *ranks)
+                source = stack.enter_context(StreamedSource(Path(self._load.model_dir), slices, device))
             return load_weights(config, self._sharding, *ranks, source, self._dtype, on_progress, device.torch_device)
 
     def _make_state(self) -> None:

@@ -21,7 +21,7 @@ import torch
 from zmqexec.checkpoint import Checkpoint, TensorInfo
 from zmqexec.errors import CheckpointError, InternalError
 from zmqexec.worker.gpu.device import Device, Event
-from zmqexec.worker.models.weights import CHECKPOINT_DTYPES, Request, find_tensor
+from zmqexec.worker.models.weights import CHECKPOINT_DTYPES, TensorSlice, find_tensor
 
 CHUNK_BYTES = 8 << 20
 THREADS = 4
@@ -33,7 +33,7 @@ COPYING = 2
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole rows [begin, begin + num_rows) of a tensor; a vector's rows are its elements. `last`: of its request."""
+    """Whole rows [begin, begin + num_rows) of a tensor; a vector's rows are its elements. `last`: of its slice."""
 
     info: TensorInfo
     begin: int
@@ -46,21 +46,21 @@ class Chunk:
 
 
 class StreamedSource:
-    """The slices of `requests` on the device, to be read in this order. `close` it, or use `with`.
+    """`slices` on the device, to be read in this order. `close` it, or use `with`.
 
     Of a column slice whole rows are read and copied to the device, which keeps the columns: a rank of n reads n times
     its part of `o_proj` and `down_proj`, in one piece instead of thousands.
     """
 
     def __init__(
-        self, model_dir: Path, requests: Sequence[Request], device: Device, chunk_bytes: int = CHUNK_BYTES
+        self, model_dir: Path, slices: Sequence[TensorSlice], device: Device, chunk_bytes: int = CHUNK_BYTES
     ) -> None:
         """`CheckpointError` where a tensor is missing, of another type, or too small, or a file cannot be read."""
         self._device = device
-        self._requests = deque(requests)
+        self._slices = deque(slices)
         tensors = Checkpoint(model_dir).tensors
-        infos = [_checked(find_tensor(tensors, request.name), request) for request in requests]
-        self._chunks = _chunks(list(zip(infos, requests, strict=True)), chunk_bytes)
+        infos = [_checked(find_tensor(tensors, part.name), part) for part in slices]
+        self._chunks = _chunks(list(zip(infos, slices, strict=True)), chunk_bytes)
         buffer_bytes = max([chunk_bytes, *map(_row_bytes, infos)])
         self._free = [
             torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=device.is_cuda) for _ in range(READING + COPYING)
@@ -94,7 +94,7 @@ class StreamedSource:
         self._free.clear()
 
     def read(self, name: str, rows: Sequence[range], columns: range | None) -> torch.Tensor:
-        if not self._requests or self._requests.popleft() != (name, rows, columns):
+        if not self._slices or self._slices.popleft() != (name, rows, columns):
             raise InternalError(f"{name!r} was read out of the announced order")
         count, at, last = sum(map(len, rows)), 0, False
         out: torch.Tensor | None = None
@@ -151,25 +151,25 @@ def _row_bytes(info: TensorInfo) -> int:
     return math.prod(info.shape[1:]) * CHECKPOINT_DTYPES[info.dtype].itemsize
 
 
-def _checked(info: TensorInfo, request: Request) -> TensorInfo:
-    last_row = max((rows.stop for rows in request.rows), default=0)
+def _checked(info: TensorInfo, part: TensorSlice) -> TensorInfo:
+    last_row = max((rows.stop for rows in part.rows), default=0)
     fits = len(info.shape) > 0 and last_row <= info.shape[0]
-    if request.columns is not None:
-        fits = fits and len(info.shape) == 2 and request.columns.stop <= info.shape[1]
+    if part.columns is not None:
+        fits = fits and len(info.shape) == 2 and part.columns.stop <= info.shape[1]
     if not fits:
         raise CheckpointError(
-            f"tensor {request.name!r} in {info.file.name} has shape {list(info.shape)}, too small for config.json"
+            f"tensor {part.name!r} in {info.file.name} has shape {list(info.shape)}, too small for config.json"
         )
     return info
 
 
-def _chunks(requests: list[tuple[TensorInfo, Request]], chunk_bytes: int) -> Iterator[Chunk]:
-    """Of every request at least one chunk, if only of no rows."""
-    for info, request in requests:
+def _chunks(slices: list[tuple[TensorInfo, TensorSlice]], chunk_bytes: int) -> Iterator[Chunk]:
+    """Of every slice at least one chunk, if only of no rows."""
+    for info, part in slices:
         most = max(1, chunk_bytes // max(1, _row_bytes(info)))
         pieces = [
             range(begin, min(begin + most, rows.stop))
-            for rows in _joined(request.rows)
+            for rows in _joined(part.rows)
             for begin in range(rows.start, rows.stop, most)
         ]
         for number, piece in enumerate(pieces or [range(0)], start=1):

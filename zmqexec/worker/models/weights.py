@@ -73,7 +73,7 @@ class TensorSource(Protocol):
         ...
 
 
-class Request(NamedTuple):
+class TensorSlice(NamedTuple):
     """One call of a source's `read`."""
 
     name: str
@@ -168,29 +168,29 @@ class ProgressSource:
         return tensor.to(self._device).to(self._dtype)
 
 
-class _Requests:
+class _Slices:
     """A source that reads nothing, notes what it is asked for, and adds up the elements."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._shapes = dict(expected_tensors(config))
         self.elements = 0
-        self.requests: list[Request] = []
+        self.slices: list[TensorSlice] = []
 
     def read(self, name: str, rows: Sequence[range], columns: range | None) -> torch.Tensor:
         shape = [sum(map(len, rows)), *self._shapes[name][1:]]
         if columns is not None:
             shape[1] = len(columns)
         self.elements += math.prod(shape)
-        self.requests.append(Request(name, rows, columns))
+        self.slices.append(TensorSlice(name, rows, columns))
         # Without rows, not on the meta device: concatenating there imports torch's compiler, which takes seconds.
         return torch.empty((0, *shape[1:]))
 
 
-def requests_of(config: ModelConfig, sharding: Sharding, rank: int, tp_size: int) -> list[Request]:
+def slices_of(config: ModelConfig, sharding: Sharding, rank: int, tp_size: int) -> list[TensorSlice]:
     """What `load_weights` will read for this rank, in its order."""
-    noted = _Requests(config)
+    noted = _Slices(config)
     _assemble(config, sharding, rank, tp_size, noted)
-    return noted.requests
+    return noted.slices
 
 
 def load_weights(
@@ -207,7 +207,7 @@ def load_weights(
 
     `CheckpointError` where a tensor is missing or of a type that is not supported.
     """
-    noted = _Requests(config)
+    noted = _Slices(config)
     _assemble(config, sharding, rank, tp_size, noted)
     total = noted.elements * dtype.itemsize
     on_progress(0, total)
