@@ -91,7 +91,6 @@ def check(device: torch.device) -> list[Row]:
                 for tuning in [Tuning(stages=s, x_mode=x) for s in (1, 2, 3, 4) for x in (1, 2)] + [
                     Tuning(pdl=False),
                     Tuning(l2_chunks=4),
-                    *(Tuning(variant=v) for v in (1, 2, 3)),
                 ]:
                     case = {"check": "tuning", "m": m, "dtype": str(dtype), "norm": with_norm, "tuning": str(tuning)}
                     guarded(
@@ -313,9 +312,6 @@ CHAIN_TUNINGS = {
     "L2 + 2": Tuning(l2_chunks=2),
     "L2 + 5": Tuning(l2_chunks=5),
     "L2 + 3": Tuning(l2_chunks=3),
-    "384 threads, 2 stages": Tuning(variant=1, stages=2),
-    "16 rows x 128": Tuning(variant=2),
-    "32 rows x 128": Tuning(variant=3, stages=1),
 }
 
 
@@ -342,7 +338,7 @@ def measure(device: torch.device) -> list[Row]:
         row: Row = {"us": us, "gb_s": 2 * n * k / us / 1e3, "floor_us": 2 * n * k / bandwidth * 1e6}
         if tuning is not None and device.type == "cuda":
             module = importlib.import_module("zmqexec._cuda")
-            plan = module.skinny_gemm_plan(m, n, k, False, module.device_info(device.index or 0)[0], 0, 0, 0)
+            plan = module.skinny_gemm_plan(m, n, k, False, module.device_info(device.index or 0)[0], 0, 0)
             row |= dict(zip(("stages", "x_streamed", "shared_bytes"), plan, strict=False))
         return row
 
@@ -367,8 +363,6 @@ def measure(device: torch.device) -> list[Row]:
             case = {"measure": "chain", "tp": tp, "m": m}
             guarded(rows, case | {"by": "cublas"}, lambda chain=chain: per_layer(chain.run_mm))
             for name, tuning in CHAIN_TUNINGS.items():
-                if m > 8 and tuning.variant != 0:
-                    continue
                 guarded(
                     rows,
                     case | {"by": name},

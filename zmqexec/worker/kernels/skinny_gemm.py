@@ -31,9 +31,8 @@ _STORE, _ADD_RESIDUAL, _SILU_MUL, _ROPE_WRITE = range(4)
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the kernel runs; the result's bits depend on `variant` alone.
+    """How the kernel runs: no bit of the result depends on it.
 
-    variant      0: 8 warps, 32 rows × 64 elements of k in a stage; 1: 12 warps; 2: 16 rows × 128; 3: 32 rows × 128
     stages       1 to 4 stages of a warp's ring; 0: as many as leave room for a successor's block on the SM, at most 3
     x_mode       1: x stays in shared memory, 2: it is streamed beside the weights; 0: chosen by the room it takes
     l2_chunks    how many chunks per warp beyond the ring are prefetched into L2 before the kernel waits
@@ -41,7 +40,6 @@ class Tuning:
     pdl          may start while its predecessor on the stream ends (sm_90 and newer)
     """
 
-    variant: int = 0
     stages: int = 0
     x_mode: int = 0
     l2_chunks: int = 0
@@ -235,7 +233,6 @@ def _launch(
         0 if residual is None else residual.stride(0),
         *rope,
         tuning.blocks or native.num_sms(x.device),
-        tuning.variant,
         tuning.stages,
         tuning.x_mode,
         tuning.l2_chunks,
