@@ -3,8 +3,8 @@
 Runs in: worker. `models/llama.py` is the same model in plain torch, and the truth for this one.
 
 A step of at most `SKINNY_ROWS` rows streams each weight once through `skinny_gemm`, with what surrounds the product
-fused into it: five kernels a layer. Larger ones use cuBLAS, and prefills torch's flash attention. A deterministic
-engine computes all steps as `deterministic.py` says.
+fused into it: five kernels a layer, or seven where norms are their own. Larger ones use cuBLAS, and prefills torch's
+flash attention. A deterministic engine computes all steps as `deterministic.py` says.
 """
 
 from __future__ import annotations
