@@ -141,7 +141,8 @@ class Ranked:
         try:
             row = function()
         except Exception as error:
-            row = {"ok": False, "error": f"{type(error).__name__}: {error}", "where": traceback.format_exc(-2)}
+            traceback.print_exc()
+            row = {"ok": False, "error": f"{type(error).__name__}: {error}"}
             if self.rank:
                 print(row, flush=True)
         self.report({"case": case} | row)

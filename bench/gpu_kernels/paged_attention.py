@@ -35,9 +35,8 @@ def guarded(rows: list[Row], case: Row, function: Callable[[], Row]) -> None:
     try:
         rows.append(case | function())
     except Exception as error:
-        rows.append(
-            case | {"ok": False, "error": f"{type(error).__name__}: {error}", "where": traceback.format_exc(-2)}
-        )
+        traceback.print_exc()
+        rows.append(case | {"ok": False, "error": f"{type(error).__name__}: {error}"})
 
 
 # Correctness

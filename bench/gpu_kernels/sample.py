@@ -343,7 +343,8 @@ def guarded(row: Row, function: Callable[[], Row], started: float | None = None)
     try:
         return row | function()
     except Exception as error:
-        return row | {"ok": False, "error": f"{type(error).__name__}: {error}", "where": traceback.format_exc(-2)}
+        traceback.print_exc()
+        return row | {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:

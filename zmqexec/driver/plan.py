@@ -31,7 +31,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPU_BLOCK_STEP = 16
 MAX_GPU_SEQS = 1024
 GPU_STEP_TOKENS = 8192
-"""Of prompts, beside which running sequences wait for their next token: about 0.16 s for a 7B model on an H100."""
+"""Of prompts, beside which running sequences wait for their next token: half as many took 89 ms of an H100, with 7B."""
 
 
 @dataclass(frozen=True)

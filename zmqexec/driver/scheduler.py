@@ -118,7 +118,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._leaving: list[Request] = []
         self._roster = NOBODY
-        """Of the last step: mostly the same sequences decode in the next, unless one has got a slot since."""
+        """Of the last step: mostly the same ones decode in the next. Whoever gets a slot is missing in a step first."""
         self._aborted: list[RequestUpdate] = []
         self._num_outstanding = 0
         self._next_step_id = 0
@@ -264,7 +264,6 @@ class Scheduler:
             return None
         self._pool.share(cached)
         admission = request.admit(self._free_slots.pop(), cached + self._pool.allocate(missing), num_cached)
-        self._roster = NOBODY
         if request.num_output == 0:
             self._prompt_tokens += request.num_prompt
             self._cached_prompt_tokens += num_cached

@@ -70,9 +70,8 @@ class DeviceSampler:
         out = self._out[: len(slots)]
         logits = self.whole(logits)
         count = len(out)
-        sample(
-            out, logits[:, : self._vocab_size], self._params, row_slots[:count], known[:count]
-        )  # no early start: a graph precedes it
+        # No early start: a graph precedes it.
+        sample(out, logits[:, : self._vocab_size], self._params, row_slots[:count], known[:count])
         return out
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
