@@ -113,10 +113,12 @@ class FixedContexts:
     num_tokens: int
     groups: list[RowGroup]
 
-    def attend(self, out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> None:
+    def attend(self, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> torch.Tensor:
         """As `Contexts.attend`."""
+        out = torch.empty_like(qkv[:, :num_heads], memory_format=torch.contiguous_format)
         for group in self.groups:
             self.attention.attend(out[group.tokens], qkv[group.tokens, :num_heads], cache, group, scale)
+        return out
 
 
 class PrefillAttention:

@@ -24,7 +24,9 @@ from zmqexec.worker.kernels.skinny_gemm import supported
 from zmqexec.worker.models.layers import RotaryAngles
 from zmqexec.worker.models.weights import LayerWeights, LlamaWeights
 
-SKINNY_ROWS = 8
+SKINNY_ROWS = 16
+"""On an H200, 7B, µs a layer without attention, by `skinny_gemm` and by cuBLAS with the kernels around it: 116 and 130
+for 16 rows, 133 and 128 for 24. A half and a quarter of the layer, on as many GPUs: 68 and 77 for 16 rows."""
 
 FUSED_NORM_ROWS = 4
 """Up to here every block of `skinny_gemm` norms its input itself. On an H200, 7B, µs a layer with the norm inside and
@@ -189,14 +191,17 @@ class GpuLlama:
         num_heads = self._num_heads
         qkv = self._linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
         self._ops.rope_write_kv_(qkv, num_heads, cache, places)
-        attended = torch.empty_like(qkv[:, :num_heads], memory_format=torch.contiguous_format)
+        parts = []
         begin = 0
         for group in contexts:
             end = begin + group.num_tokens
-            group.attend(attended[begin:end], qkv[begin:end], num_heads, cache, self._scale)
+            parts.append(group.attend(qkv[begin:end], num_heads, cache, self._scale))
             begin = end
         if begin < len(normed):
-            self._decode_attention.attend(attended[begin:], qkv[begin:, :num_heads], cache, self._scale)
+            query = qkv[begin:, :num_heads]
+            parts.append(torch.empty_like(query, memory_format=torch.contiguous_format))
+            self._decode_attention.attend(parts[-1], query, cache, self._scale)
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended.view(len(normed), -1)
 
     def _forward_skinny(self, hidden: torch.Tensor, places: Places, cache: list[torch.Tensor]) -> torch.Tensor:

@@ -435,7 +435,7 @@ class GpuRunner:
             chunks = [(prefill.slot, prefill.start, prefill.stop) for prefill in rows.prefills]
             return [self._prefill_attention.contexts(chunks, self._to_device)]
         most = max(self._load.max_model_len, self._load.config.step_tokens)
-        groups = groups_of([prefill.stop for prefill in rows.prefills], most)
+        groups = groups_of([(prefill.start, prefill.stop) for prefill in rows.prefills], most)
         return [self._group(rows, rows.prefills[group.start : group.stop]) for group in groups]
 
     def _group(self, rows: Rows, prefills: list[Prefill]) -> Contexts:
