@@ -122,7 +122,6 @@ def watched(runner: Any, num_modes: int) -> Watch:
     watch = Watch(lambda: torch.cuda.Event(enable_timing=True), num_modes) if is_cuda else Watch(HostMark, num_modes)
     for graphs in (runner._greedy_graphs, runner._logits_graphs):
         graphs.run = watch.marked(watch.part("launch", graphs.run))
-    runner._batch.take_in = watch.part("take_in", runner._batch.take_in)
     runner._stage = watch.part("stage", runner._stage)
     runner._pending = watch.part("record", runner._pending)
     return watch

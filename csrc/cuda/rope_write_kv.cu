@@ -5,6 +5,9 @@
 namespace zmqexec {
 namespace {
 
+constexpr int THREADS = 256;
+constexpr int FEW_TOKENS = 256;
+
 template <int N>
 __device__ __forceinline__ void load_table(float (&values)[N], const float* from)
 {
@@ -22,8 +25,9 @@ __device__ __forceinline__ void load_table(float (&values)[N], const float* from
     }
 }
 
-// One block per token. Its threads take vectors of N: pairs of them (i and i + head_dim / 2) of the query and key
-// heads, then single ones of the value heads.
+// gridDim.y blocks per token. Their threads take vectors of N: pairs of them (i and i + head_dim / 2) of the query and
+// key heads, then single ones of the value heads. A block's threads are a multiple of a head's pairs, so that all pairs
+// of a thread are turned by the same angles.
 template <class T, int N>
 __global__ void __launch_bounds__(512)
     rope_write_kv_kernel(T* q_out, T* qkv, T* cache, const int* slot_mapping, const int* positions, const float* cos,
@@ -46,15 +50,20 @@ __global__ void __launch_bounds__(512)
     cos += position * half;
     sin += position * half;
 
-    for (int item = threadIdx.x; item < items; item += blockDim.x) {
+    const int first = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+    const int stride = static_cast<int>(gridDim.y * blockDim.x), pair = first % pairs * N;
+    float c[N], s[N];
+    if (first < rotated) {
+        load_table(c, cos + pair);
+        load_table(s, sin + pair);
+    }
+    for (int item = first; item < items; item += stride) {
         if (item < rotated) {
-            const int head = item / pairs, at = item % pairs * N;
-            T* from = row + head * head_dim + at;
-            float low[N], high[N], c[N], s[N];
+            const int head = item / pairs;
+            T* from = row + head * head_dim + pair;
+            float low[N], high[N];
             load<T>(low, from);
             load<T>(high, from + half);
-            load_table(c, cos + at);
-            load_table(s, sin + at);
 #pragma unroll
             for (int j = 0; j < N; j++) {
                 const float turned = low[j] * c[j] - high[j] * s[j];
@@ -62,12 +71,12 @@ __global__ void __launch_bounds__(512)
                 low[j] = turned;
             }
             if (head < heads || keep_k) {
-                T* to = head < heads ? q_row + head * head_dim + at : from;
+                T* to = head < heads ? q_row + head * head_dim + pair : from;
                 store<T>(to, low);
                 store<T>(to + half, high);
             }
             if (head >= heads) {
-                T* to = k_cache + (head - heads) * head_stride + at;
+                T* to = k_cache + (head - heads) * head_stride + pair;
                 store<T>(to, low);
                 store<T>(to + half, high);
             }
@@ -89,17 +98,20 @@ const char* rope_write_kv(void* q_out, void* qkv, void* cache, const int* slot_m
                           int block_size, bool keep_k, Dtype dtype, Stream stream, bool pdl)
 {
     check_argument(tokens >= 0 && heads > 0 && kv_heads > 0 && block_size > 0, "tokens, heads or block_size too small");
-    check_argument(head_dim > 0 && head_dim % 2 == 0, "head_dim must be even");
+    check_argument(head_dim > 0 && head_dim % 2 == 0 && head_dim <= 1024, "head_dim must be even and at most 1024");
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int N = VECTOR<T>;
         const bool vectors = is_aligned_16(q_out) && is_aligned_16(qkv) && is_aligned_16(cache) &&
                              is_aligned_16(cos) && is_aligned_16(sin) && head_dim % (2 * N) == 0;
-        const int items = (heads + 3 * kv_heads) * (head_dim / 2 / (vectors ? N : 1));
-        const int threads = std::min(512, divide_up(items, 32) * 32);
-        return launch(vectors ? rope_write_kv_kernel<T, N> : rope_write_kv_kernel<T, 1>, dim3(tokens), dim3(threads), 0,
-                      stream, pdl, static_cast<T*>(q_out), static_cast<T*>(qkv), static_cast<T*>(cache), slot_mapping,
-                      positions, cos, sin, heads, kv_heads, head_dim, block_size, keep_k);
+        const int pairs = head_dim / 2 / (vectors ? N : 1), items = (heads + 3 * kv_heads) * pairs;
+        const int threads = std::min(items, std::max(1, THREADS / pairs) * pairs);
+        // Few tokens are spread over more SMs; of many, a thread keeps its angles for several heads.
+        const int parts = tokens < FEW_TOKENS ? divide_up(items, threads) : 1;
+        return launch(vectors ? rope_write_kv_kernel<T, N> : rope_write_kv_kernel<T, 1>, dim3(tokens, parts),
+                      dim3(threads), 0, stream, pdl, static_cast<T*>(q_out), static_cast<T*>(qkv),
+                      static_cast<T*>(cache), slot_mapping, positions, cos, sin, heads, kv_heads, head_dim, block_size,
+                      keep_k);
     });
 }
 BINDING(rope_write_kv,

@@ -137,7 +137,7 @@ class Batch:
         new_blocks = NO_BLOCKS
         if step.new_blocks:
             new_blocks = self._append_blocks(_pairs(step.new_blocks, "new_blocks", self.block_tables.size))
-        decodes = self._decode_slots(step.decodes)
+        decodes = self.decode_slots(step.decodes)
         if not step.prefills:
             self._check_decodes(decodes)
             return Taken(NO_CHUNKS, decodes, new_blocks)
@@ -145,8 +145,8 @@ class Batch:
         self._check(chunks, decodes)
         return Taken(chunks, decodes, new_blocks)
 
-    def _decode_slots(self, bitmap: bytes) -> IntArray:
-        """The slots of a step's bitmap, which is mostly the last step's."""
+    def decode_slots(self, bitmap: bytes) -> IntArray:
+        """The slots of a step's bitmap, which is mostly the last step's, ascending."""
         if bitmap != self._bitmap:
             num_slots = len(self.num_known)
             if int.from_bytes(bitmap, "little") >> num_slots:
@@ -170,11 +170,6 @@ class Batch:
         self.num_computed[rows.decode_slots] += 1
         slots = rows.sample_slots
         self.token_ids[slots, self.num_known[slots]] = sampled
-        self.num_known[slots] += 1
-
-    def finish_decodes(self, slots: IntArray) -> None:
-        """Record that these slots decoded, where only the device knows the tokens."""
-        self.num_computed[slots] += 1
         self.num_known[slots] += 1
 
     def _admit(self, admission: Admission) -> None:

@@ -309,7 +309,8 @@ def test_a_step_of_the_same_sequences_and_blocks_sends_the_device_nothing(tmp_pa
     driver = StepDriver([make_gpu_runner(tmp_path)], BLOCK_SIZE, NUM_BLOCKS)
     staging = driver.runners[0]._staging
     copies = []
-    monkeypatch.setattr(staging, "take", lambda take=staging.take: copies.append(driver.computed[0]) or take())
+    send = staging.send
+    monkeypatch.setattr(staging, "send", lambda *sent: copies.append(driver.computed[0]) or send(*sent))
     for slot in (0, 1):
         driver.admit(slot, [1 + slot] * 12)
     driver.step({0: 12, 1: 12}, [])

@@ -53,7 +53,7 @@ class Device(Protocol):
         """The current stream, as the kernels take it."""
 
     def event(self) -> Event:
-        """One that sleeps while it waits."""
+        """One on the current stream, that sleeps while it waits."""
 
     def graph_pool(self) -> Any:
         """Memory that graphs can share."""
@@ -69,6 +69,18 @@ class Device(Protocol):
 
     def peak_bytes(self, work: Callable[[], None]) -> int:
         """The most that `work` had allocated beyond what there was before."""
+
+
+class SleepingEvent:
+    """An event on the stream that is current now: to ask for that at each record would cost more than the record."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.current_stream()
+        self.synchronize = self._event.synchronize
+
+    def record(self) -> None:
+        self._event.record(self._stream)
 
 
 class CudaDevice:
@@ -111,8 +123,7 @@ class CudaDevice:
         return int(torch.cuda.current_stream().cuda_stream)
 
     def event(self) -> Event:
-        event: Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        return event
+        return SleepingEvent()
 
     def graph_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()

@@ -190,7 +190,7 @@ class GpuLlama:
     ) -> torch.Tensor:
         num_heads = self._num_heads
         qkv = self._linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
-        self._ops.rope_write_kv_(qkv, num_heads, cache, places)
+        self._ops.rope_write_kv_(qkv, num_heads, cache, places, keep_keys=len(contexts) > 0)
         parts = []
         begin = 0
         for group in contexts:

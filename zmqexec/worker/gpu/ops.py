@@ -266,8 +266,10 @@ class Ops:
         )
         return out
 
-    def rope_write_kv_(self, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, places: Places) -> None:
-        """Rotate queries and keys in `qkv`, and store keys and values in the cache.
+    def rope_write_kv_(
+        self, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, places: Places, *, keep_keys: bool
+    ) -> None:
+        """Rotate queries in `qkv`, and keys too where they are wanted there, and store keys and values in the cache.
 
         qkv    [num_tokens, num_heads + 2 · num_kv_heads, head_dim]  contiguous
         cache  [num_blocks, 2, num_kv_heads, block_size, head_dim]
@@ -286,7 +288,7 @@ class Ops:
             num_kv_heads,
             head_dim,
             block_size,
-            True,
+            keep_keys,
             self._dtypes[qkv.dtype],
             self._device.stream(),
             self.pdl,

@@ -31,7 +31,7 @@ from zmqexec.bus.status import Phase
 from zmqexec.errors import InternalError
 from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_config, padded_head_dim
 from zmqexec.protocol import LoadModel, StepInput, StepOutput
-from zmqexec.worker.batch import NO_BLOCKS, Batch, Prefill, Rows, Taken
+from zmqexec.worker.batch import NO_BLOCKS, Batch, Prefill, Rows
 from zmqexec.worker.check_ranks import check_ranks
 from zmqexec.worker.gpu.attention import Contexts, PrefillContexts, groups_of
 from zmqexec.worker.gpu.collectives import GpuCollectives
@@ -44,7 +44,7 @@ from zmqexec.worker.gpu.model import SKINNY_ROWS, GpuLlama
 from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places
 from zmqexec.worker.gpu.pad_heads import pad_weights
 from zmqexec.worker.gpu.sampler import DeviceSampler
-from zmqexec.worker.gpu.staging import Results, Staging
+from zmqexec.worker.gpu.staging import Buffer, DecodeSteps, Results, Staging
 from zmqexec.worker.gpu.streaming import StreamedSource
 from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
@@ -101,6 +101,7 @@ class Decoding:
     is_greedy  all take their likeliest token
     """
 
+    bitmap: bytes
     slots: IntArray
     on_host: bool
     is_greedy: bool
@@ -196,13 +197,12 @@ class GpuRunner:
         self._rows = DecodeRows.allocate(max_rows, where)
         self._step_buffer = torch.zeros(step_ints(max_rows, max_rows), dtype=torch.int32, device=where)
         self._out = torch.zeros(max_rows, dtype=torch.int32, device=where)
-        self._staging = Staging(step_ints(max_rows, max_rows), engine.run_ahead, device)
-        self._staged: IntArray | None = None
+        self._staging = Staging(self._step_buffer, engine.run_ahead, device)
+        self._staged: bytes | None = None
         """The slots that the device's step buffer names; None where it has block updates too."""
         self._results = Results(self._out, engine.run_ahead, device)
-        self._of_ranks = Staging(
-            max_rows * self._collectives.tp_size if self._checks_ranks else 0, engine.run_ahead, device
-        )
+        of_ranks = max_rows * self._collectives.tp_size if self._checks_ranks else 0
+        self._of_ranks = itertools.cycle([Buffer(of_ranks, device) for _ in range(engine.run_ahead + 2)])
         heads = (len(sharding.heads), len(sharding.kv_heads), self._head_dim)
         splits = split_tokens(self._state.token_ids.shape[1]) if self._deterministic else 0
         self._decode_attention = DecodeAttention(device, self._dtype, self._state, *heads, splits)
@@ -252,6 +252,7 @@ class GpuRunner:
                     torch.empty(shape, dtype=self._dtype, device=device.torch_device) for _ in range(config.num_layers)
                 ]
             self._batch = Batch(engine.max_num_seqs, self._load.max_model_len, engine.block_size, num_blocks)
+            self._decode_steps = DecodeSteps(self._batch, num_blocks, engine.block_size, device.native)
             self._host_sampled = np.zeros(engine.max_num_seqs, np.bool_)
             self._decoding: Decoding | None = None
             with out_of_memory(device, "capturing CUDA graphs"):
@@ -298,24 +299,21 @@ class GpuRunner:
             raise
 
     def _submit(self, step: StepInput) -> Pending:
-        assert self._batch is not None
         with torch.inference_mode():
-            taken = self._batch.take_in(step)
-            for admission in step.admitted:
-                self._host_sampled[admission.slot] = self._sampler.admit(admission.slot, admission.sampling)
-                self._decoding = None
-            decoding = self._decoding_of(taken.decodes)
-            self._on_phase(Phase.PREFILL if step.prefills else Phase.DECODE)
-            if step.prefills or step.admitted or decoding.on_host or len(taken.new_blocks) > len(self._rows):
-                return self._mixed(step, taken, decoding.on_host)
-            return self._decode(step, decoding, taken.new_blocks)
+            if not step.prefills and not step.admitted:
+                pending = self._decode(step)
+                if pending is not None:
+                    return pending
+            return self._mixed(step)
 
-    def _decoding_of(self, slots: IntArray) -> Decoding:
-        """`slots` with how they are sampled: the last step's, where it has the very same ones."""
+    def _decoding_of(self, bitmap: bytes) -> Decoding:
+        """The slots of a step with how they are sampled: the last step's, where it has the very same ones."""
+        assert self._batch is not None
         decoding = self._decoding
-        if decoding is None or decoding.slots is not slots:
+        if decoding is None or decoding.bitmap != bitmap:
+            slots = self._batch.decode_slots(bitmap)
             on_host = bool(self._host_sampled[slots].any())
-            decoding = self._decoding = Decoding(slots, on_host, self._sampler.is_greedy(slots))
+            decoding = self._decoding = Decoding(bitmap, slots, on_host, self._sampler.is_greedy(slots))
         return decoding
 
     def _updates(self, step: StepInput, new_blocks: Int32Array) -> Int32Array:
@@ -331,29 +329,32 @@ class GpuRunner:
             parts.append(part)
         return np.concatenate([*parts, new_blocks])
 
-    def _decode(self, step: StepInput, decoding: Decoding, new_blocks: Int32Array) -> Pending:
-        assert self._batch is not None
-        slots = decoding.slots
-        num_rows = len(slots)
-        self._stage(slots, new_blocks)
+    def _decode(self, step: StepInput) -> Pending | None:
+        """Launch a step that only decodes; None where it is for `_mixed`."""
+        decoding = self._decoding_of(step.decodes)
+        if decoding.on_host or not self._stage(step):
+            return None
+        self._on_phase(Phase.DECODE)
+        num_rows = len(decoding.slots)
         if decoding.is_greedy:
             self._greedy_graphs.run(num_rows)
         else:
             logits = self._logits_graphs.run(num_rows)
             rows = self._rows
-            sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, slots)
+            sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, decoding.slots)
             self._ops.append(self._state, rows.row_slots, rows.context_lens, sampled, self._out)
-        self._batch.finish_decodes(slots)
         return self._pending(step, num_rows, None)
 
-    def _stage(self, slots: IntArray, new_blocks: Int32Array) -> None:
-        """Copy the slots of a decode step and its new blocks to the device, unless it has just these slots."""
-        if slots is self._staged and not len(new_blocks):
-            return
-        staged, ints = self._staging.take()
-        count = write_step(ints, len(self._rows), slots, new_blocks)
-        self._step_buffer[:count].copy_(staged[:count], non_blocking=True)
-        self._staged = None if len(new_blocks) else slots
+    def _stage(self, step: StepInput) -> bool:
+        """Take in a step that only decodes, and send it to the device unless that has just these slots."""
+        buffer = self._staging.take()
+        count = self._decode_steps.stage(step, buffer)
+        if count < 0:
+            return False
+        if step.new_blocks or step.decodes != self._staged:
+            self._staging.send(buffer, count)
+            self._staged = None if step.new_blocks else step.decodes
+        return True
 
     def _decode_forward(self, num_rows: int) -> torch.Tensor:
         """From the staged step to logits [num_rows, vocab_rows]: what a graph of `num_rows` rows holds."""
@@ -373,11 +374,16 @@ class GpuRunner:
         self._ops.append(self._state, rows.row_slots, rows.context_lens, sampled, self._out, pdl=pdl)
         return sampled
 
-    def _mixed(self, step: StepInput, taken: Taken, host_sampled: bool) -> Pending:
-        """A step with prefills, or one that the host samples. host_sampled: for a decode's sake."""
+    def _mixed(self, step: StepInput) -> Pending:
+        """Launch a step with prefills, or one that the host samples."""
         assert self._model is not None and self._batch is not None
+        taken = self._batch.take_in(step)
+        for admission in step.admitted:
+            self._host_sampled[admission.slot] = self._sampler.admit(admission.slot, admission.sampling)
+            self._decoding = None
+        self._on_phase(Phase.PREFILL if step.prefills else Phase.DECODE)
         rows = self._batch.rows(taken.chunks, taken.decodes)
-        host_sampled = host_sampled or bool(self._host_sampled[taken.chunks[:, 0]].any())
+        host_sampled = bool(self._host_sampled[np.concatenate([taken.chunks[:, 0], taken.decodes])].any())
         self._update(self._updates(step, taken.new_blocks))
         hidden = self._mixed_forward(rows)
         num_samples = len(rows.sample_slots)
@@ -417,7 +423,9 @@ class GpuRunner:
         )
         if num_decodes:
             decode_rows = self._rows.first(num_decodes)
-            self._stage(rows.decode_slots, NO_BLOCKS)
+            buffer = self._staging.take()
+            self._staging.send(buffer, write_step(buffer.ints, len(self._rows), rows.decode_slots, NO_BLOCKS))
+            self._staged = None
             self._ops.begin_decode(self._step_buffer, len(self._rows), self._state, decode_rows)
             # The device alone knows the tokens that were sampled last.
             token_ids[rows.num_prefill_tokens :] = decode_rows.input_ids
@@ -495,6 +503,6 @@ class GpuRunner:
         gathered = self._collectives.all_gather(self._out[:num_samples])
         if self._collectives.rank != 0:
             return None
-        buffer, ints = self._of_ranks.take()
-        buffer[: gathered.numel()].copy_(gathered.view(-1), non_blocking=True)
-        return ints[: gathered.numel()].reshape(gathered.shape)
+        buffer = next(self._of_ranks)
+        buffer.tensor[: gathered.numel()].copy_(gathered.view(-1), non_blocking=True)
+        return buffer.ints[: gathered.numel()].reshape(gathered.shape)

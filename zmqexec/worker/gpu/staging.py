@@ -1,4 +1,4 @@
-"""Pinned memory through which steps reach the device and results come back.
+"""What steps bring to the device and take from it, and the host's memory that it goes through.
 
 Runs in: worker.
 
@@ -8,64 +8,93 @@ one. The same holds for the events that stand behind results.
 
 The driver hears of rank 0 alone. On other ranks a step's copy to the device lies before the sums that rank 0 needs, and
 nobody reads their results.
+
+Copies are launched by our own extension: a worker sleeps between steps, and then the same line of Python takes ten
+times what it takes in a loop.
 """
 
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from zmqexec.protocol import StepInput
+from zmqexec.worker.batch import Batch
 from zmqexec.worker.gpu.device import Device, Event
 
 Int32Array = npt.NDArray[np.int32]
 
 
+class Buffer:
+    """Pinned memory for a number of ints."""
+
+    def __init__(self, num_ints: int, device: Device) -> None:
+        self.tensor = torch.zeros(num_ints, dtype=torch.int32, pin_memory=device.is_cuda)
+        self.ints: Int32Array = self.tensor.numpy()
+        self.address = self.tensor.data_ptr()
+
+
 class Staging:
-    """Buffers for what a step copies to the device."""
+    """Buffers for what a step copies to the device: to `target`, int32, on the stream that is current now."""
 
-    def __init__(self, num_ints: int, run_ahead: int, device: Device) -> None:
-        buffers = [_pinned(num_ints, device) for _ in range(run_ahead + 2)]
-        self._in_turn = itertools.cycle([(buffer, buffer.numpy()) for buffer in buffers])
+    def __init__(self, target: torch.Tensor, run_ahead: int, device: Device) -> None:
+        self._copy = device.native.copy_async
+        self._target, self._stream = target.data_ptr(), device.stream()
+        self._in_turn = itertools.cycle([Buffer(target.numel(), device) for _ in range(run_ahead + 2)])
 
-    def take(self) -> tuple[torch.Tensor, Int32Array]:
-        """The next buffer, as torch and numpy see it."""
+    def take(self) -> Buffer:
+        """The next buffer."""
         return next(self._in_turn)
+
+    def send(self, buffer: Buffer, count: int) -> None:
+        """Begin to copy its first `count` ints."""
+        self._copy(self._target, buffer.address, 4 * count, self._stream)
 
 
 class Results:
-    """Buffers for what steps copy back from `source`, int32 on the device."""
+    """Buffers for what steps copy back from `source`, int32, on the stream that is current now."""
 
     def __init__(self, source: torch.Tensor, run_ahead: int, device: Device) -> None:
-        self._source = source
-        self._in_turn = itertools.cycle([_Result(source, device) for _ in range(run_ahead + 2)])
+        self._copy = device.native.copy_async
+        self._source, self._stream = source.data_ptr(), device.stream()
+        buffers = [(Buffer(source.numel(), device), device.event()) for _ in range(run_ahead + 2)]
+        self._in_turn = itertools.cycle(buffers)
 
     def fetch(self, count: int) -> tuple[Int32Array, Event]:
         """Begin to copy the first `count` ints; they are there when the event, which follows it, has happened."""
-        result = next(self._in_turn)
-        if len(result.ints) != count:
-            result.resize(count)
+        buffer, event = next(self._in_turn)
         if count:
-            result.here.copy_(result.there, non_blocking=True)
-        result.event.record()
-        return result.ints, result.event
+            self._copy(buffer.address, self._source, 4 * count, self._stream)
+        event.record()
+        return buffer.ints[:count], event
 
 
-class _Result:
-    """One buffer, with views of as many ints as the last step that used it had: mostly the next has as many."""
+class DecodeSteps:
+    """Steps that only decode, taken in by one call of our extension. `Batch.take_in`, `Batch.finish` and `write_step`
+    do the same in Python, except that here nobody hears of the tokens: they stay on the device."""
 
-    def __init__(self, source: torch.Tensor, device: Device) -> None:
-        self._source = source
-        self._buffer = _pinned(len(source), device)
-        self.event = device.event()
-        self.resize(0)
+    def __init__(self, batch: Batch, num_cache_blocks: int, block_size: int, native: ModuleType) -> None:
+        num_slots, max_blocks = batch.block_tables.shape
+        self._batch = batch  # which owns the memory
+        self._stage = native.stage_decodes
+        self._arrays = [
+            array.ctypes.data for array in (batch.num_known, batch.num_computed, batch.num_blocks, batch.block_tables)
+        ]
+        max_model_len = batch.token_ids.shape[1] - 1
+        self._sizes = (num_slots, max_blocks, block_size, num_cache_blocks, max_model_len)
+        self._most = num_slots
 
-    def resize(self, count: int) -> None:
-        self.there, self.here = self._source[:count], self._buffer[:count]
-        self.ints: Int32Array = self.here.numpy()
+    def stage(self, step: StepInput, buffer: Buffer) -> int:
+        """Take in `step`, of at most as many new blocks as there are slots, and write it to `buffer`.
 
-
-def _pinned(num_ints: int, device: Device) -> torch.Tensor:
-    return torch.zeros(num_ints, dtype=torch.int32, pin_memory=device.is_cuda)
+        Returns how many ints must be copied to the device; -1 where the step is for `Batch.take_in`, which will say
+        what is wrong with it.
+        """
+        count: int = self._stage(
+            step.decodes, step.new_blocks, *self._arrays, *self._sizes, buffer.address, self._most, self._most
+        )
+        return count
