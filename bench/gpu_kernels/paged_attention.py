@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from zmqexec.worker.kernels import native, reference
-from zmqexec.worker.kernels.paged_attention import MIN_SPLIT_TILES, AttentionWorkspace, choose_launch
+from zmqexec.worker.kernels.paged_attention import AttentionWorkspace, choose_launch
 
 ROTATED_BYTES = 512 << 20
 FLUSHED_BYTES = 256 << 20
@@ -297,7 +297,8 @@ class Decode:
     def ours_us(self, **options: Any) -> float:
         sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         launch = choose_launch(128, self.batch, self.kv_heads, native.module_of(self.device))
-        options = {"variant": launch.variant, "per_sm": launch.blocks_per_sm, **options}
+        chosen = {"variant": launch.variant, "per_sm": launch.blocks_per_sm, "min_split_tiles": launch.min_split_tiles}
+        options = chosen | options
         options["num_blocks"] = sms * options.pop("per_sm")
         workspace = AttentionWorkspace(
             self.device,
@@ -427,7 +428,6 @@ def measure_variants(device: torch.device) -> list[Row]:
         {"variant": v, "per_sm": n, "min_split_tiles": tiles}
         for v, n in ((0, 2), (1, 2), (2, 1), (2, 2))
         for tiles in (4, 8, 12, 16, 20, 24)
-        if tiles != MIN_SPLIT_TILES
     ]
     rows: list[Row] = []
     for shape in SHAPES:

@@ -100,22 +100,28 @@ BINDING(stage_decodes,
         "Returns how many ints of `step` matter. -1: the step contradicts the state, or has more blocks than\n"
         "max_updates; then everything but `step`, and table entries past num_blocks, is as before.")
 
-const char* copy_async(void* to, const void* from, int64_t bytes, Stream stream)
+const char* copy_async(void* to, const void* from, int64_t bytes, void* event, Stream stream)
 {
     check_argument(bytes >= 0, "bytes must not be negative");
 #ifdef __CUDACC__
-    return cuda_error(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault,
-                                      static_cast<cudaStream_t>(stream.handle)),
-                      "cudaMemcpyAsync");
+    const auto on = static_cast<cudaStream_t>(stream.handle);
+    if (bytes > 0) {
+        cudaError_t status = cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault, on);
+        if (const char* error = cuda_error(status, "cudaMemcpyAsync")) return error;
+    }
+    if (event == nullptr) return nullptr;
+    return cuda_error(cudaEventRecord(static_cast<cudaEvent_t>(event), on), "cudaEventRecord");
 #else
+    static_cast<void>(event);
     static_cast<void>(stream);
     std::memcpy(to, from, static_cast<std::size_t>(bytes));
     return nullptr;
 #endif
 }
 BINDING(copy_async,
-        "copy_async(to, from, bytes, stream)\n\n"
-        "Copy between the device's memory and the host's, which must be pinned or the call waits.")
+        "copy_async(to, from, bytes, event, stream)\n\n"
+        "Copy between the device's memory and the host's, which must be pinned or the call waits; then record `event`,\n"
+        "a cudaEvent_t or 0.")
 
 }  // namespace
 }  // namespace zmqexec

@@ -53,10 +53,8 @@ __global__ void __launch_bounds__(512)
     const int first = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
     const int stride = static_cast<int>(gridDim.y * blockDim.x), pair = first % pairs * N;
     float c[N], s[N];
-    if (first < rotated) {
-        load_table(c, cos + pair);
-        load_table(s, sin + pair);
-    }
+    load_table(c, cos + pair);
+    load_table(s, sin + pair);
     for (int item = first; item < items; item += stride) {
         if (item < rotated) {
             const int head = item / pairs;

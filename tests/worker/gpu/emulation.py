@@ -24,6 +24,8 @@ EMULATOR = threading.Lock()
 class EmulatedEvent:
     """What has been launched has happened."""
 
+    handle = 0
+
     def record(self) -> None:
         pass
 

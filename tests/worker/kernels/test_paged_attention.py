@@ -184,7 +184,7 @@ def test_every_kernel(kernels_impl, head_dim, variant, dtype):
 def test_the_launch_of_few_and_of_many_rows(kernels_impl, num_rows):
     contexts = [1 + 37 * row % 50 for row in range(num_rows)]
     launch = choose_launch(128, num_rows, 8, kernels_impl.module)
-    assert launch == (Launch(2, 1) if num_rows < MANY_ITEMS // 8 else Launch(0, 3))
+    assert launch == (Launch(2, 1, 16) if num_rows < MANY_ITEMS // 8 else Launch(0, 3, 24))
     batch = Batch(contexts, [1] * num_rows, head_dim=128, num_kv_heads=8, group=1)
     batch.check(kernels_impl, variant=launch.variant, num_blocks=4 * launch.blocks_per_sm)
 

@@ -18,10 +18,16 @@ MIN_CAPABILITY = 8
 
 
 class Event(Protocol):
-    """Something that happens on the device. May be recorded again once nobody waits for what was recorded before."""
+    """Something that happens on the device. May be recorded again once nobody waits for what was recorded before.
+
+    handle  what records it, a cudaEvent_t; 0 in an emulation
+    """
+
+    @property
+    def handle(self) -> int: ...
 
     def record(self) -> None:
-        """Stand behind everything launched so far."""
+        """Stand behind everything launched so far on the current stream."""
 
     def synchronize(self) -> None:
         """Wait until it has happened."""
@@ -53,7 +59,7 @@ class Device(Protocol):
         """The current stream, as the kernels take it."""
 
     def event(self) -> Event:
-        """One on the current stream, that sleeps while it waits."""
+        """One that sleeps while it waits."""
 
     def graph_pool(self) -> Any:
         """Memory that graphs can share."""
@@ -72,15 +78,18 @@ class Device(Protocol):
 
 
 class SleepingEvent:
-    """An event on the stream that is current now: to ask for that at each record would cost more than the record."""
+    """A wait for it costs no CPU."""
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._stream = torch.cuda.current_stream()
-        self.synchronize = self._event.synchronize
+        self.record()  # it has no handle before
+        self.handle = int(self._event.cuda_event)
 
     def record(self) -> None:
-        self._event.record(self._stream)
+        self._event.record()
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
 
 
 class CudaDevice:

@@ -53,7 +53,8 @@ class DecodeGraphs:
     def run(self, num_rows: int) -> torch.Tensor:
         """What `forward` returns for `num_rows` staged rows and their padding, valid until the next run."""
         if not self._sizes:
-            return self._forward(num_rows)
+            with torch.inference_mode():
+                return self._forward(num_rows)
         graph, result = self._graphs[self._sizes[bisect.bisect_left(self._sizes, num_rows)]]
         graph.replay()
         return result

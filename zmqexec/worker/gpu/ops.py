@@ -41,6 +41,7 @@ def attention_workspace(device: Device, launch: Launch, **sizes: int) -> Attenti
         device.torch_device,
         **sizes,
         variant=launch.variant,
+        min_split_tiles=launch.min_split_tiles,
         num_blocks=device.num_sms * launch.blocks_per_sm,
         module=device.native,
     )

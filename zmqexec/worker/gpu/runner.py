@@ -299,12 +299,13 @@ class GpuRunner:
             raise
 
     def _submit(self, step: StepInput) -> Pending:
-        with torch.inference_mode():
-            if not step.prefills and not step.admitted:
-                pending = self._decode(step)
-                if pending is not None:
-                    return pending
-            return self._mixed(step)
+        pending = None
+        if not step.prefills and not step.admitted:
+            pending = self._decode(step)
+        if pending is None:
+            with torch.inference_mode():
+                pending = self._mixed(step)
+        return pending
 
     def _decoding_of(self, bitmap: bytes) -> Decoding:
         """The slots of a step with how they are sampled: the last step's, where it has the very same ones."""
@@ -334,15 +335,15 @@ class GpuRunner:
         decoding = self._decoding_of(step.decodes)
         if decoding.on_host or not self._stage(step):
             return None
-        self._on_phase(Phase.DECODE)
         num_rows = len(decoding.slots)
         if decoding.is_greedy:
             self._greedy_graphs.run(num_rows)
         else:
-            logits = self._logits_graphs.run(num_rows)
-            rows = self._rows
-            sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, decoding.slots)
-            self._ops.append(self._state, rows.row_slots, rows.context_lens, sampled, self._out)
+            with torch.inference_mode():
+                logits = self._logits_graphs.run(num_rows)
+                rows = self._rows
+                sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, decoding.slots)
+                self._ops.append(self._state, rows.row_slots, rows.context_lens, sampled, self._out)
         return self._pending(step, num_rows, None)
 
     def _stage(self, step: StepInput) -> bool:
@@ -381,7 +382,6 @@ class GpuRunner:
         for admission in step.admitted:
             self._host_sampled[admission.slot] = self._sampler.admit(admission.slot, admission.sampling)
             self._decoding = None
-        self._on_phase(Phase.PREFILL if step.prefills else Phase.DECODE)
         rows = self._batch.rows(taken.chunks, taken.decodes)
         host_sampled = bool(self._host_sampled[np.concatenate([taken.chunks[:, 0], taken.decodes])].any())
         self._update(self._updates(step, taken.new_blocks))
@@ -500,7 +500,8 @@ class GpuRunner:
         """
         if not self._checks_ranks or not num_samples:
             return None
-        gathered = self._collectives.all_gather(self._out[:num_samples])
+        with torch.inference_mode():
+            gathered = self._collectives.all_gather(self._out[:num_samples])
         if self._collectives.rank != 0:
             return None
         buffer = next(self._of_ranks)

@@ -52,7 +52,7 @@ class Staging:
 
     def send(self, buffer: Buffer, count: int) -> None:
         """Begin to copy its first `count` ints."""
-        self._copy(self._target, buffer.address, 4 * count, self._stream)
+        self._copy(self._target, buffer.address, 4 * count, 0, self._stream)
 
 
 class Results:
@@ -67,9 +67,7 @@ class Results:
     def fetch(self, count: int) -> tuple[Int32Array, Event]:
         """Begin to copy the first `count` ints; they are there when the event, which follows it, has happened."""
         buffer, event = next(self._in_turn)
-        if count:
-            self._copy(buffer.address, self._source, 4 * count, self._stream)
-        event.record()
+        self._copy(buffer.address, self._source, 4 * count, event.handle, self._stream)
         return buffer.ints[:count], event
 
 

@@ -14,22 +14,23 @@ from zmqexec.errors import InternalError
 from zmqexec.model_config import GPU_HEAD_DIMS
 from zmqexec.worker.kernels import native
 
-MIN_SPLIT_TILES = 16
-"""Tiles of 16 tokens in the smallest part of a split context: merging the parts costs what smaller ones would save.
-
-On an H100, µs with 16 and with 4, of 32 heads over 8 KV heads: 7.1 and 8.6 for one sequence of 1024 tokens; over 32:
-6.3 and 7.8 for one of 300, 18.7 and 22.1 for eight of 300; no difference from 1000 tokens on."""
-
 MANY_ITEMS = 1024
 """KV heads of rows: what a launch divides among its blocks."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of the compiled kernels of a head dim, and how many of its blocks an SM gets."""
+    """How paged attention is launched.
+
+    variant          which of the compiled kernels of a head dim
+    blocks_per_sm
+    min_split_tiles  tiles of 16 tokens in the smallest part of a split context: merging the parts costs what smaller
+                     ones would save
+    """
 
     variant: int
     blocks_per_sm: int
+    min_split_tiles: int
 
 
 def choose_launch(head_dim: int, num_rows: int, num_kv_heads: int, module: ModuleType) -> Launch:
@@ -38,10 +39,16 @@ def choose_launch(head_dim: int, num_rows: int, num_kv_heads: int, module: Modul
     Heads of 128, on an H100, µs: with few items one block of 8 warps per SM (50 against 52 for 8 rows of 4096 tokens, 8
     KV heads; 55 against 68 for one of 32768), with many three of 4 warps (24 against 46 for 256 rows of 40 tokens, 8 KV
     heads; 361 against 364 for 64 of 1024, 32 KV heads).
+
+    Parts of at least 16 and 4 tiles, on an H100, of 32 heads over 8 KV heads: 7.1 and 8.6 for one row of 1024 tokens;
+    over 32: 6.3 and 7.8 for one of 300, 18.7 and 22.1 for eight of 300; no difference from 1000 tokens on. Of 24 and 16
+    with many items, on an H200: 87.9 and 90.4 for 32 rows of 690 tokens, 32 KV heads; 247.9 and 248.2 for 64 of 1024.
     """
+    is_many = num_rows * num_kv_heads >= MANY_ITEMS
+    variant, blocks_per_sm = 0, module.attention_grid(head_dim, 0)[0]
     if head_dim == 128:
-        return Launch(2, 1) if num_rows * num_kv_heads < MANY_ITEMS else Launch(0, 3)
-    return Launch(0, module.attention_grid(head_dim, 0)[0])
+        variant, blocks_per_sm = (0, 3) if is_many else (2, 1)
+    return Launch(variant, blocks_per_sm, min_split_tiles=24 if is_many else 16)
 
 
 class AttentionWorkspace:
@@ -72,7 +79,7 @@ class AttentionWorkspace:
         max_query_len: int = 1,
         window: int = 0,
         fixed_split_tokens: int = 0,
-        min_split_tiles: int = MIN_SPLIT_TILES,
+        min_split_tiles: int = 16,
         variant: int = 0,
         num_blocks: int | None = None,
         module: ModuleType | None = None,
