@@ -502,8 +502,8 @@ class GpuRunner:
             return None
         with torch.inference_mode():
             gathered = self._collectives.all_gather(self._out[:num_samples])
-        if self._collectives.rank != 0:
-            return None
-        buffer = next(self._of_ranks)
-        buffer.tensor[: gathered.numel()].copy_(gathered.view(-1), non_blocking=True)
+            if self._collectives.rank != 0:
+                return None
+            buffer = next(self._of_ranks)
+            buffer.tensor[: gathered.numel()].copy_(gathered.view(-1), non_blocking=True)
         return buffer.ints[: gathered.numel()].reshape(gathered.shape)
