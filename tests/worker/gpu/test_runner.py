@@ -369,3 +369,13 @@ def test_a_closed_inline_engine_holds_no_memory_of_its_gpu(tmp_path):
     cache = weakref.ref(executor._runner._cache[0])
     executor.close()
     assert cache() is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_without_tokens_samples_nothing(tmp_path, dtype):
+    make_checkpoint(tmp_path, **LARGER["heads-of-64"])
+    runner = make_gpu_runner(tmp_path, dtype=dtype)
+    admission = Admission(0, pack([1, 2]), 2, 0, pack([0]))
+    assert runner.run(StepInput(1, 0, admitted=[admission])).token_ids == b""
+    assert runner.run(StepInput(1, 1)).token_ids == b""
+    assert len(unpack(runner.run(StepInput(1, 2, prefills=pack([0, 2]))).token_ids)) == 1

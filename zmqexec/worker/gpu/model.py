@@ -26,7 +26,7 @@ from zmqexec.worker.models.weights import LayerWeights, LlamaWeights
 
 SKINNY_ROWS = 16
 """On an H200, 7B, µs a layer without attention, by `skinny_gemm` and by cuBLAS with the kernels around it: 116 and 130
-for 16 rows, 133 and 128 for 24. A half and a quarter of the layer, on as many GPUs: 68 and 77 for 16 rows."""
+for 16 rows, 133 and 128 for 24; half of each matrix, as two GPUs have it: 68 and 77 for 16 rows."""
 
 FUSED_NORM_ROWS = 4
 """Up to here every block of `skinny_gemm` norms its input itself. On an H200, 7B, µs a layer with the norm inside and
@@ -90,6 +90,8 @@ class GpuLlama:
         Tokens of `contexts` (prefills) come first, then one of each row that `decode_attention` has planned.
         """
         hidden = self._embed(token_ids)
+        if not len(hidden):
+            return hidden
         if not contexts and self._is_skinny(hidden):
             return self._forward_skinny(hidden, places, cache)
         partial: torch.Tensor | None = None

@@ -97,6 +97,8 @@ class Pending:
 class Decoding:
     """Slots that decode and how they are sampled: it holds until others decode, or one of them is admitted anew.
 
+    bitmap     as the step has it
+    slots      ascending
     on_host    a sequence wants what only the host's sampler can do
     is_greedy  all take their likeliest token
     """
