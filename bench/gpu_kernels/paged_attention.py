@@ -424,10 +424,11 @@ def measure_variants(device: torch.device) -> list[Row]:
     """µs of every shape for kernels of head_dim 128 and launch sizes: which default is best."""
     options: list[Row] = [{"variant": v, "per_sm": n} for v, n in ((0, 2), (0, 1), (0, 3), (0, 4), (1, 1), (1, 2))]
     options += [{"variant": 2, "per_sm": 1}, {"variant": 2, "per_sm": 2}]
+    options += [{"variant": 0, "per_sm": 3, "min_split_tiles": tiles} for tiles in (16, 24, 32)]
     few: list[Row] = [
         {"variant": v, "per_sm": n, "min_split_tiles": tiles}
         for v, n in ((0, 2), (1, 2), (2, 1), (2, 2))
-        for tiles in (4, 8, 12, 16, 20, 24)
+        for tiles in (4, 8, 12, 20, 24)
     ]
     rows: list[Row] = []
     for shape in SHAPES:

@@ -26,8 +26,8 @@ __device__ __forceinline__ void load_table(float (&values)[N], const float* from
 }
 
 // gridDim.y blocks per token. Their threads take vectors of N: pairs of them (i and i + head_dim / 2) of the query and
-// key heads, then single ones of the value heads. A block's threads are a multiple of a head's pairs, so that all pairs
-// of a thread are turned by the same angles.
+// key heads, then single ones of the value heads. A block's threads are a multiple of a head's pairs (the launch sees to
+// it), so that all pairs of a thread are turned by the same angles.
 template <class T, int N>
 __global__ void __launch_bounds__(512)
     rope_write_kv_kernel(T* q_out, T* qkv, T* cache, const int* slot_mapping, const int* positions, const float* cos,
@@ -122,7 +122,7 @@ BINDING(rope_write_kv,
         "slot_mapping  [tokens]  int32, block · block_size + offset, distinct; -1: a padded row, nothing is written\n"
         "positions     [tokens]  int32, rows of cos and sin; not read where padded\n"
         "cos, sin      [max_position, head_dim / 2]  float32\n\n"
-        "Float32 inside and rounded once. Reference: kernels/reference.py, tolerance one unit in the last place of\n"
+        "head_dim is even and at most 1024. Float32 inside and rounded once. Reference: kernels/reference.py, tolerance one unit in the last place of\n"
         "dtype at the size of the pair. Layout of the pages: Kwon et al. 2023 (arXiv:2309.06180).")
 
 }  // namespace

@@ -93,5 +93,5 @@ def test_a_large_models_shape(kernels_impl, dtype):
 
 @pytest.mark.parametrize("tokens", [255, 256, 300])
 def test_few_and_many_tokens(kernels_impl, tokens):
-    shape = {"tokens": tokens, "heads": 5, "kv_heads": 1, "head_dim": 80, "block_size": 16, "dtype": torch.bfloat16}
+    shape = {"tokens": tokens, "heads": 40, "kv_heads": 8, "head_dim": 80, "block_size": 16, "dtype": torch.bfloat16}
     run(kernels_impl, **shape, padded=0.1, own_q=False, keep_k=True, seed=3)

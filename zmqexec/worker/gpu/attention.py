@@ -4,9 +4,9 @@ Runs in: worker.
 
 Prefills use torch's variable-length flash attention over contiguous keys: of the chunk itself, or, where a prefix is
 cached, gathered from the cache's pages. Chunks are attended in groups, so that a short rest of many prompts behind one
-long prefix does not gather that prefix for all of them at a time, and whole prompts beside it gather nothing. float32
-is for truth, not for speed: one call of `scaled_dot_product_attention` per sequence. Those of a deterministic engine
-are in `deterministic.py`.
+long prefix does not gather that prefix for all of them at a time, and many whole contexts beside it gather nothing.
+float32 is for truth, not for speed: one call of `scaled_dot_product_attention` per sequence. Those of a deterministic
+engine are in `deterministic.py`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def groups_of(chunks: Sequence[tuple[int, int]], most: int) -> list[range]:
 
     chunks  (start, stop): tokens [0, start) of the chunk's sequence are cached, its own are [start, stop)
 
-    Chunks that gather cached tokens are not in a group with whole prompts of `WORTH_A_GROUP` tokens.
+    Chunks that gather cached tokens are not in a group with a run of whole contexts of `WORTH_A_GROUP` tokens.
     """
     groups: list[range] = []
     total, cut_before = 0, _group_starts(chunks)
@@ -118,7 +118,7 @@ def groups_of(chunks: Sequence[tuple[int, int]], most: int) -> list[range]:
 
 
 def _group_starts(chunks: Sequence[tuple[int, int]]) -> set[int]:
-    """Where so many tokens of whole prompts begin or end that they are a group of their own."""
+    """Where so many tokens of whole contexts begin or end that they are a group of their own."""
     cuts, begin = set(), 0
     for is_whole, run in itertools.groupby(chunks, key=lambda chunk: chunk[0] == 0):
         stops = [stop for _, stop in run]

@@ -20,7 +20,7 @@ MIN_CAPABILITY = 8
 class Event(Protocol):
     """Something that happens on the device. May be recorded again once nobody waits for what was recorded before.
 
-    handle  what records it, a cudaEvent_t; 0 in an emulation
+    handle  its cudaEvent_t; 0 in an emulation
     """
 
     @property

@@ -110,7 +110,9 @@ class Decoding:
 
 
 class GpuRunner:
-    """One rank of the model. Call `load`, then `init_cache`, then `submit` for every step, all from one thread."""
+    """One rank of the model. Call `load`, then `init_cache`, then `submit` for every step, all from one thread and
+    on one stream. After an error of a launched step it is of no more use: the host has counted tokens that never were.
+    """
 
     def __init__(
         self,
@@ -201,7 +203,7 @@ class GpuRunner:
         self._out = torch.zeros(max_rows, dtype=torch.int32, device=where)
         self._staging = Staging(self._step_buffer, engine.run_ahead, device)
         self._staged: bytes | None = None
-        """The slots that the device's step buffer names; None where it has block updates too."""
+        """Bitmap of the slots that the device's step buffer names; None: it has more than that."""
         self._results = Results(self._out, engine.run_ahead, device)
         of_ranks = max_rows * self._collectives.tp_size if self._checks_ranks else 0
         self._of_ranks = itertools.cycle([Buffer(of_ranks, device) for _ in range(engine.run_ahead + 2)])

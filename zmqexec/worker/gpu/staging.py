@@ -89,8 +89,8 @@ class DecodeSteps:
     def stage(self, step: StepInput, buffer: Buffer) -> int:
         """Take in `step`, of at most as many new blocks as there are slots, and write it to `buffer`.
 
-        Returns how many ints must be copied to the device; -1 where the step is for `Batch.take_in`, which will say
-        what is wrong with it.
+        Returns how many ints must be copied to the device; -1 where the step is for `Batch.take_in`, which takes it or
+        says what is wrong with it.
         """
         count: int = self._stage(
             step.decodes, step.new_blocks, *self._arrays, *self._sizes, buffer.address, self._most, self._most

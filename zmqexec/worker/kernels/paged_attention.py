@@ -23,7 +23,7 @@ class Launch:
     """How paged attention is launched.
 
     variant          which of the compiled kernels of a head dim
-    blocks_per_sm
+    blocks_per_sm    how many of its blocks an SM gets
     min_split_tiles  tiles of 16 tokens in the smallest part of a split context: merging the parts costs what smaller
                      ones would save
     """
