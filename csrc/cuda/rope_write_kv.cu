@@ -5,6 +5,8 @@
 namespace zmqexec {
 namespace {
 
+// Not measured one by one: together with them and the angles kept, 32 rows of a 7B took 2.4 to 2.6 µs for 3.5 on an H200,
+// 8192 rows 130 for 149.
 constexpr int THREADS = 256;
 constexpr int FEW_TOKENS = 256;
 

@@ -146,7 +146,7 @@ class Batch:
         return Taken(chunks, decodes, new_blocks)
 
     def decode_slots(self, bitmap: bytes) -> IntArray:
-        """The slots of a step's bitmap, which is mostly the last step's, ascending."""
+        """The slots of a step's bitmap, ascending: the last step's array itself where the same ones decode again."""
         if bitmap != self._bitmap:
             num_slots = len(self.num_known)
             if int.from_bytes(bitmap, "little") >> num_slots:

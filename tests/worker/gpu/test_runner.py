@@ -379,3 +379,21 @@ def test_a_step_without_tokens_samples_nothing(tmp_path, dtype):
     assert runner.run(StepInput(1, 0, admitted=[admission])).token_ids == b""
     assert runner.run(StepInput(1, 1)).token_ids == b""
     assert len(unpack(runner.run(StepInput(1, 2, prefills=pack([0, 2]))).token_ids)) == 1
+
+
+def test_whole_prompts_beside_the_rest_of_another_are_attended_apart(truth, device, monkeypatch):
+    monkeypatch.setattr("zmqexec.worker.gpu.attention.WORTH_A_GROUP", 8)
+    driver = driver_of(truth, device)
+    groups = []
+    group = driver.runners[0]._group
+    monkeypatch.setattr(driver.runners[0], "_group", lambda *asked: groups.append(group(*asked)) or groups[-1])
+    prompts = {slot: truth.prompts[slot] for slot in (3, 4, 5)}
+    driver.admit(5, prompts[5])
+    driver.step({5: 32}, [])
+    for slot in (3, 4):
+        driver.admit(slot, prompts[slot])
+    driver.step({3: len(prompts[3]), 5: len(prompts[5]) - 32, 4: len(prompts[4])}, [])
+    assert [each.blocks is None for each in groups] == [True, True, False, True]
+    driver.generate(NUM_TOKENS)
+    for slot, prompt in prompts.items():
+        assert driver.tokens[slot][len(prompt) :][:NUM_TOKENS] == truth.expected[slot].tokens

@@ -97,13 +97,11 @@ class Pending:
 class Decoding:
     """Slots that decode and how they are sampled: it holds until others decode, or one of them is admitted anew.
 
-    bitmap     as the step has it
-    slots      ascending
+    slots      the array itself that `Batch.decode_slots` has for the step
     on_host    a sequence wants what only the host's sampler can do
     is_greedy  all take their likeliest token
     """
 
-    bitmap: bytes
     slots: IntArray
     on_host: bool
     is_greedy: bool
@@ -314,11 +312,10 @@ class GpuRunner:
     def _decoding_of(self, bitmap: bytes) -> Decoding:
         """The slots of a step with how they are sampled: the last step's, where it has the very same ones."""
         assert self._batch is not None
-        decoding = self._decoding
-        if decoding is None or decoding.bitmap != bitmap:
-            slots = self._batch.decode_slots(bitmap)
+        slots, decoding = self._batch.decode_slots(bitmap), self._decoding
+        if decoding is None or decoding.slots is not slots:
             on_host = bool(self._host_sampled[slots].any())
-            decoding = self._decoding = Decoding(bitmap, slots, on_host, self._sampler.is_greedy(slots))
+            decoding = self._decoding = Decoding(slots, on_host, self._sampler.is_greedy(slots))
         return decoding
 
     def _updates(self, step: StepInput, new_blocks: Int32Array) -> Int32Array:

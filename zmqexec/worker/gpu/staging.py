@@ -42,8 +42,8 @@ class Staging:
     """Buffers for what a step copies to the device: to `target`, int32, on the stream that is current now."""
 
     def __init__(self, target: torch.Tensor, run_ahead: int, device: Device) -> None:
-        self._copy = device.native.copy_async
-        self._target, self._stream = target.data_ptr(), device.stream()
+        self._copy, self._stream = device.native.copy_async, device.stream()
+        self._target, self._address = target, target.data_ptr()
         self._in_turn = itertools.cycle([Buffer(target.numel(), device) for _ in range(run_ahead + 2)])
 
     def take(self) -> Buffer:
@@ -52,22 +52,22 @@ class Staging:
 
     def send(self, buffer: Buffer, count: int) -> None:
         """Begin to copy its first `count` ints."""
-        self._copy(self._target, buffer.address, 4 * count, 0, self._stream)
+        self._copy(self._address, buffer.address, 4 * count, 0, self._stream)
 
 
 class Results:
     """Buffers for what steps copy back from `source`, int32, on the stream that is current now."""
 
     def __init__(self, source: torch.Tensor, run_ahead: int, device: Device) -> None:
-        self._copy = device.native.copy_async
-        self._source, self._stream = source.data_ptr(), device.stream()
+        self._copy, self._stream = device.native.copy_async, device.stream()
+        self._source, self._address = source, source.data_ptr()
         buffers = [(Buffer(source.numel(), device), device.event()) for _ in range(run_ahead + 2)]
         self._in_turn = itertools.cycle(buffers)
 
     def fetch(self, count: int) -> tuple[Int32Array, Event]:
         """Begin to copy the first `count` ints; they are there when the event, which follows it, has happened."""
         buffer, event = next(self._in_turn)
-        self._copy(buffer.address, self._source, 4 * count, event.handle, self._stream)
+        self._copy(buffer.address, self._address, 4 * count, event.handle, self._stream)
         return buffer.ints[:count], event
 
 
@@ -84,7 +84,6 @@ class DecodeSteps:
         ]
         max_model_len = batch.token_ids.shape[1] - 1
         self._sizes = (num_slots, max_blocks, block_size, num_cache_blocks, max_model_len)
-        self._most = num_slots
 
     def stage(self, step: StepInput, buffer: Buffer) -> int:
         """Take in `step`, of at most as many new blocks as there are slots, and write it to `buffer`.
@@ -92,7 +91,6 @@ class DecodeSteps:
         Returns how many ints must be copied to the device; -1 where the step is for `Batch.take_in`, which takes it or
         says what is wrong with it.
         """
-        count: int = self._stage(
-            step.decodes, step.new_blocks, *self._arrays, *self._sizes, buffer.address, self._most, self._most
-        )
+        most = self._sizes[0]
+        count: int = self._stage(step.decodes, step.new_blocks, *self._arrays, *self._sizes, buffer.address, most, most)
         return count
