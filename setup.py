@@ -26,6 +26,8 @@ CUDA = Path("csrc/cuda")
 CUDA_SOURCES = [*sorted(map(str, CUDA.glob("*.cu"))), str(CUDA / "module.cpp")]
 CUDA_HEADERS = sorted(str(path) for path in CUDA.iterdir() if path.suffix in (".h", ".cuh"))
 CUDA_ARCHS = "80 90"
+HOPPER_ONLY = "_sm90a.cu"
+"""How the names of sources end that use instructions which compute capability 9.0 has and none after it."""
 INSTALL_HINT = "on Debian or Ubuntu: sudo apt-get install gcc python3-dev python3-venv"
 
 
@@ -54,12 +56,19 @@ def cuda_wanted() -> bool:
     return False
 
 
-def cuda_flags() -> list[str]:
+def targets(source: str) -> list[str]:
+    """nvcc's flags that say for which GPUs."""
+    if source.endswith(HOPPER_ONLY):
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
     chosen = os.environ.get("ZMQEXEC_CUDA_ARCHS", CUDA_ARCHS).replace(",", " ").split()
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     if "ZMQEXEC_CUDA_ARCHS" not in os.environ:
         flags.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
-    flags += [
+    return flags
+
+
+def cuda_flags() -> list[str]:
+    flags = [
         "-std=c++17",
         "-O3",
         "-Xfatbin=-compress-all",
@@ -95,7 +104,7 @@ class BuildExt(build_ext):
         assert nvcc is not None
         # A change of the compiler or its flags is another folder.
         command = [nvcc, *cuda_flags(), *(f"-I{folder}" for folder in ext.include_dirs)]
-        key = hashlib.sha256("\0".join([*command, *self.include_dirs]).encode()).hexdigest()[:12]
+        key = hashlib.sha256("\0".join([*command, *targets(""), *self.include_dirs]).encode()).hexdigest()[:12]
         objects = Path(self.build_temp) / f"cuda-{key}"
         objects.mkdir(parents=True, exist_ok=True)
         newest_header = max(Path(name).stat().st_mtime for name in CUDA_HEADERS)
@@ -110,7 +119,7 @@ class BuildExt(build_ext):
             if self.force or not target.is_file() or target.stat().st_mtime <= max(newest, newest_header):
                 unfinished = target.with_suffix(".tmp")
                 extra = [*includes, build_id_flag] if is_module else []
-                self.run_compiler([*command, *extra, "-c", source, "-o", str(unfinished)])
+                self.run_compiler([*command, *targets(source), *extra, "-c", source, "-o", str(unfinished)])
                 unfinished.replace(target)
             return target
 

@@ -43,6 +43,14 @@ inline const char* error_text(std::string text)
     return last.c_str();
 }
 
+// Blocks in x, y and z; those of a cluster are neighbours in x.
+struct Blocks {
+    dim3 grid;
+    unsigned cluster = 1;
+    Blocks(dim3 grid, unsigned cluster = 1) : grid(grid), cluster(cluster) {}
+    bool none() const { return grid.x == 0 || grid.y == 0 || grid.z == 0; }
+};
+
 #ifdef __CUDACC__
 
 inline const char* cuda_error(cudaError_t error, const char* what)
@@ -93,24 +101,33 @@ inline const char* prepare(const void* kernel, int device, std::size_t bytes)
 // Nothing is launched for an empty grid. With `pdl` the kernel may start before its predecessor has ended, so it must
 // call pdl_wait() (device.cuh). Returns nullptr, or what went wrong.
 template <class... A>
-const char* launch(void (*kernel)(A...), dim3 grid, dim3 block, std::size_t shared_bytes, Stream stream, bool pdl,
+const char* launch(void (*kernel)(A...), Blocks blocks, dim3 block, std::size_t shared_bytes, Stream stream, bool pdl,
                    std::common_type_t<A>... arguments)
 {
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
+    if (blocks.none()) return nullptr;
     int device = 0, capability = 0;
     if (const char* error = current_capability(device, capability)) return error;
     const void* address = reinterpret_cast<const void*>(kernel);
     if (const char* error = prepare(address, device, shared_bytes)) return error;
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (pdl && capability >= 90) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (blocks.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count].val.clusterDim.x = blocks.cluster;
+        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+        count++;
+    }
     cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
+    config.gridDim = blocks.grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream.handle);
-    config.attrs = &early;
-    config.numAttrs = pdl && capability >= 90 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))..., nullptr};
     return cuda_error(cudaLaunchKernelExC(&config, address, pointers), "the launch");
 }
@@ -118,11 +135,11 @@ const char* launch(void (*kernel)(A...), dim3 grid, dim3 block, std::size_t shar
 #else
 
 template <class... A>
-const char* launch(void (*kernel)(A...), dim3 grid, dim3 block, std::size_t shared_bytes, Stream stream, bool pdl,
+const char* launch(void (*kernel)(A...), Blocks blocks, dim3 block, std::size_t shared_bytes, Stream stream, bool pdl,
                    std::common_type_t<A>... arguments)
 {
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
-    return emulator::run(grid, block, shared_bytes, stream.handle, pdl, [=] { kernel(arguments...); });
+    if (blocks.none()) return nullptr;
+    return emulator::run(blocks.grid, blocks.cluster, block, shared_bytes, stream.handle, pdl, [=] { kernel(arguments...); });
 }
 
 #endif

@@ -1,5 +1,5 @@
 // The scheduler of emulated blocks and threads, and the arithmetic of warp instructions.
-#include "emulator.h"
+#include "state.h"
 
 #include <atomic>
 #include <chrono>
@@ -18,20 +18,13 @@
 
 #include "../binding.h"
 
-#if !defined(__x86_64__) || defined(ZMQEXEC_UCONTEXT)
-#include <ucontext.h>
-#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#define ASAN(...) __VA_ARGS__
-#else
-#define ASAN(...)
 #endif
 
 namespace zmqexec::emulator {
 
-constexpr std::size_t STACK_BYTES = 256 << 10;  // touched pages alone cost memory
 constexpr std::size_t GUARD_BYTES = 1024;
 constexpr unsigned char GUARD = 0xa5;
 constexpr auto LONGEST_WITHOUT_WAIT = std::chrono::seconds(60);
@@ -40,9 +33,6 @@ constexpr uint64_t POLLS_WITHOUT_PROGRESS = 20'000'000;  // seconds
 // ---- Fibers -------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__) && !defined(ZMQEXEC_UCONTEXT)
-
-// ucontext's own switch calls the kernel for the signal mask, which costs 30 times as much.
-extern "C" void zmqexec_emulator_switch(void** save, void* load);
 asm(R"(
 .text
 .p2align 4
@@ -67,38 +57,6 @@ zmqexec_emulator_switch:
     ret
 .size zmqexec_emulator_switch, .-zmqexec_emulator_switch
 )");
-
-struct Context {
-    void* stack_pointer = nullptr;
-    void prepare(unsigned char* stack, void (*entry)())
-    {
-        // Six registers and the return address; a function begins with its stack 8 past a multiple of 16.
-        auto* top = reinterpret_cast<void**>(stack + STACK_BYTES - 64);
-        for (int i = 0; i < 6; i++) top[i - 6] = nullptr;
-        top[0] = reinterpret_cast<void*>(entry);
-        stack_pointer = top - 6;
-    }
-    static void change(Context& from, Context& to)
-    {
-        zmqexec_emulator_switch(&from.stack_pointer, to.stack_pointer);
-    }
-};
-
-#else
-
-struct Context {
-    ucontext_t context = {};
-    void prepare(unsigned char* stack, void (*entry)())
-    {
-        getcontext(&context);
-        context.uc_stack.ss_sp = stack;
-        context.uc_stack.ss_size = STACK_BYTES;
-        context.uc_link = nullptr;
-        makecontext(&context, entry, 0);
-    }
-    static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
-};
-
 #endif
 
 class Stacks {
@@ -128,54 +86,6 @@ Stacks stacks;
 
 // ---- The state of a launch ----------------------------------------------------------------------------------------
 
-struct Copy {
-    void* shared;
-    const void* global;
-    bool valid;
-};
-
-enum class State { ready, running, in_collective, in_barrier, exited };
-
-struct Fiber : Thread {
-    Block* block = nullptr;
-    Context context;
-    unsigned char* stack = nullptr;
-    State state = State::ready;
-    const char* waits_in = nullptr;
-    unsigned mask = 0;
-    void* slot = nullptr;
-    std::vector<std::vector<Copy>> groups;  // committed, oldest first
-    std::vector<Copy> uncommitted;
-    ASAN(void* fake_stack = nullptr;)
-};
-
-struct Grid {
-    dim3 size, block;
-    std::size_t shared_bytes;
-    bool pdl;
-    std::function<void()> kernel;
-    const Grid* predecessor;      // on its stream, or null
-    std::vector<uint64_t> order;  // of its blocks
-    std::size_t started = 0;
-    unsigned resident = 0;
-    bool has_ended() const { return started == order.size() && resident == 0; }
-};
-
-struct Barrier {
-    unsigned arrived = 0, expected = 0;
-};
-
-struct Block {
-    Grid* grid = nullptr;
-    uint3 index{};
-    unsigned num_threads = 0, exited = 0;
-    std::vector<unsigned char> memory;  // guard, shared memory, guard
-    unsigned char* shared = nullptr;
-    std::vector<Fiber> fibers;
-    Barrier barriers[16];
-    bool waited = false, launched = false;
-};
-
 struct Options {
     uint64_t seed = 0;  // 0: threads and blocks in order, otherwise in this random order
     unsigned resident_blocks = 1;
@@ -197,12 +107,6 @@ bool grouping = false;
 std::vector<std::unique_ptr<Grid>> group;
 std::map<void*, const Grid*> newest;  // of the group, by stream
 
-Fiber& self()
-{
-    return *static_cast<Fiber*>(current);
-}
-
-std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 std::string format(const char* text, ...)
 {
     char line[512];
@@ -409,19 +313,21 @@ void launched_dependents()
 
 // ---- The scheduler ------------------------------------------------------------------------------------------------
 
-void start_block(Grid& grid)
+void start_block(Grid& grid, uint64_t number, const std::shared_ptr<Cluster>& cluster)
 {
-    const uint64_t number = grid.order[grid.started++];
     grid.resident++;
     auto block = std::make_unique<Block>();
     block->grid = &grid;
+    block->cluster = cluster;
+    cluster->blocks.push_back(block.get());
     block->index.x = static_cast<unsigned>(number % grid.size.x);
     block->index.y = static_cast<unsigned>(number / grid.size.x % grid.size.y);
     block->index.z = static_cast<unsigned>(number / grid.size.x / grid.size.y);
     block->num_threads = grid.block.x * grid.block.y * grid.block.z;
-    block->memory.assign(grid.shared_bytes + 2 * GUARD_BYTES + 128, GUARD);
+    block->memory.assign(grid.shared_bytes + 2 * GUARD_BYTES + 1152, GUARD);
+    // 128-aligned and no more, but at the same place in 1024 bytes for the blocks of a cluster.
     auto address = reinterpret_cast<uintptr_t>(block->memory.data()) + GUARD_BYTES;
-    block->shared = reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
+    block->shared = reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024 + 128);
     std::memset(block->shared, 0xff, grid.shared_bytes);
     ASAN(const unsigned char* end = block->memory.data() + block->memory.size();
          __asan_poison_memory_region(block->memory.data(), block->shared - block->memory.data());
@@ -442,6 +348,13 @@ void start_block(Grid& grid)
         make_ready(fiber);
     }
     blocks.push_back(std::move(block));
+}
+
+void start_cluster(Grid& grid)
+{
+    const uint64_t first = grid.order[grid.started++];
+    const auto cluster = std::make_shared<Cluster>();
+    for (uint64_t i = 0; i < grid.cluster; i++) start_block(grid, first + i, cluster);
 }
 
 void discard(Block& block)
@@ -468,6 +381,7 @@ void finish_block(Block& block)
         failure = format("%s never called %s", name(block).c_str(),
                          block.waited ? "pdl_launch_dependents" : "pdl_wait");
     block.grid->resident--;
+    std::replace(block.cluster->blocks.begin(), block.cluster->blocks.end(), &block, static_cast<Block*>(nullptr));
     discard(block);
     for (auto& owner : blocks)
         if (owner.get() == &block) {
@@ -489,7 +403,12 @@ std::string deadlock()
         while (end < block.num_threads && block.fibers[end].state == fiber.state &&
                block.fibers[end].waits_in == fiber.waits_in && block.fibers[end].mask == fiber.mask)
             end++;
-        if (fiber.state == State::in_barrier) {
+        if (fiber.state == State::in_barrier && fiber.mask == CLUSTER_BARRIER) {
+            text += format("; %u to %u wait in cluster_sync (%u of the cluster there)", i, end - 1,
+                           block.cluster->arrived);
+            told++;
+        }
+        else if (fiber.state == State::in_barrier) {
             const Barrier& barrier = block.barriers[fiber.mask];
             const std::string what = fiber.mask == 0 ? "__syncthreads" : format("named barrier %u", fiber.mask);
             text += format("; %u to %u wait in %s (%u of %u there)", i, end - 1, what.c_str(), barrier.arrived,
@@ -544,7 +463,7 @@ const char* run_grids(std::vector<std::unique_ptr<Grid>>& grids)
         for (auto& grid : grids)
             while ((grid->predecessor == nullptr || grid->predecessor->has_ended()) &&
                    grid->started < grid->order.size() && grid->resident < options.resident_blocks)
-                start_block(*grid);
+                start_cluster(*grid);
         if (blocks.empty()) break;
         if (ready.empty()) {
             failure = deadlock();
@@ -565,18 +484,20 @@ const char* run_grids(std::vector<std::unique_ptr<Grid>>& grids)
     return error.empty() ? nullptr : error.c_str();
 }
 
-const char* run(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, bool pdl, std::function<void()> kernel)
+const char* run(dim3 grid, unsigned cluster, dim3 block, std::size_t shared_bytes, void* stream, bool pdl,
+                std::function<void()> kernel)
 {
     const uint64_t threads = uint64_t{block.x} * block.y * block.z;
     if (threads == 0 || threads > 1024 || block.z > 64) return "the launch: invalid block size";
     if (shared_bytes > 227 * 1024) return "the launch: more than 227 KB of shared memory";
     if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffff) return "the launch: invalid grid size";
+    if (cluster < 1 || cluster > 8 || grid.x % cluster != 0) return "the launch: invalid cluster size";
     const Grid* predecessor = nullptr;
     if (stream != nullptr && grouping) predecessor = newest[stream];
-    auto launched = std::make_unique<Grid>(Grid{grid, block, shared_bytes, pdl, std::move(kernel), predecessor, {}});
+    auto launched = std::make_unique<Grid>(Grid{grid, block, shared_bytes, pdl, std::move(kernel), predecessor, cluster, {}});
     if (stream != nullptr && grouping) newest[stream] = launched.get();
-    launched->order.resize(uint64_t{grid.x} * grid.y * grid.z);
-    for (std::size_t i = 0; i < launched->order.size(); i++) launched->order[i] = i;
+    launched->order.resize(uint64_t{grid.x} * grid.y * grid.z / cluster);
+    for (std::size_t i = 0; i < launched->order.size(); i++) launched->order[i] = i * cluster;
     if (options.seed != 0) std::shuffle(launched->order.begin(), launched->order.end(), shuffled);
     group.push_back(std::move(launched));
     if (grouping) return nullptr;

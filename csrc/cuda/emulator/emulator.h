@@ -44,6 +44,13 @@ namespace zmqexec::emulator {
 
 struct Block;
 
+// A matrix of 16-bit numbers in global memory and the box that one copy takes of it.
+struct TensorMap {
+    const unsigned char* base;
+    int64_t rows, columns, row_bytes;
+    int box_rows, box_columns;
+};
+
 // What a kernel sees of its own thread. The scheduler's part is in emulator.cpp.
 struct Thread {
     uint3 thread_index, block_index;
@@ -54,8 +61,9 @@ struct Thread {
 
 extern Thread* current;
 
-// Runs every block of the grid; nullptr, or why it could not go on.
-const char* run(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, bool pdl, std::function<void()> kernel);
+// Runs every block of the grid, those of a cluster side by side; nullptr, or why it could not go on.
+const char* run(dim3 grid, unsigned cluster, dim3 block, std::size_t shared_bytes, void* stream, bool pdl,
+                std::function<void()> kernel);
 
 // Ends the launch with this text.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));

@@ -30,3 +30,10 @@ def stream_of(device: torch.device) -> int:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of the device."""
     return int(module_of(device).device_info(device.index or 0)[0])
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability of the device, times 10: 90 for Hopper, and for the emulator, which has what Hopper has."""
+    major, minor = module_of(device).device_info(device.index or 0)[1:3]
+    return int(10 * major + minor)

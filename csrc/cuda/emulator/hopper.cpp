@@ -1,0 +1,201 @@
+// Barriers that count bytes, copies of boxes, products of a warp group, clusters: hopper.cuh on the CPU.
+#include "hopper.h"
+
+#include <algorithm>
+
+#include "state.h"
+
+namespace zmqexec::emulator {
+
+// ---- Barriers and copies of boxes ---------------------------------------------------------------------------------
+
+void barrier_init(uint64_t* barrier, int arrivals)
+{
+    check_shared(barrier, sizeof *barrier, "barrier_init");
+    ByteBarrier fresh;
+    fresh.expected = fresh.pending = static_cast<unsigned>(arrivals);
+    if (!self().block->byte_barriers.emplace(barrier, fresh).second) fail("barrier_init of a barrier that is in use");
+}
+
+ByteBarrier& known(uint64_t* barrier, const char* what)
+{
+    auto& all = self().block->byte_barriers;
+    const auto found = all.find(barrier);
+    if (found == all.end()) fail("%s of what is no barrier", what);
+    return found->second;
+}
+
+void end_phase_if_complete(ByteBarrier& barrier)
+{
+    if (barrier.pending != 0 || barrier.bytes != 0) return;
+    barrier.phase++;
+    barrier.pending = barrier.expected;
+    progress();
+}
+
+void barrier_arrive(uint64_t* address, uint32_t bytes)
+{
+    ByteBarrier& barrier = known(address, "barrier_arrive");
+    if (barrier.pending == 0) fail("more than %u arrivals in a phase of a barrier", barrier.expected);
+    barrier.bytes += bytes;
+    barrier.pending--;
+    end_phase_if_complete(barrier);
+}
+
+std::size_t bytes_of(const TensorMap& map)
+{
+    return static_cast<std::size_t>(map.box_rows) * static_cast<std::size_t>(map.box_columns) * 2;
+}
+
+// Row r of the box is 128 bytes, whose pieces of 16 are exchanged as bits 7 to 9 of the address say.
+void complete(const BoxCopy& copy)
+{
+    const TensorMap& map = copy.from;
+    for (int row = 0; row < map.box_rows; row++) {
+        unsigned char* line = copy.shared + 128 * row;
+        for (unsigned piece = 0; piece < 8; piece++) {
+            unsigned char* to = line + 16 * (piece ^ (reinterpret_cast<uintptr_t>(line) >> 7 & 7));
+            const int64_t of_row = copy.row + row, column = copy.column + 8 * static_cast<int64_t>(piece);
+            if (of_row < map.rows && column < map.columns) std::memcpy(to, map.base + of_row * map.row_bytes + 2 * column, 16);
+            else std::memset(to, 0, 16);
+        }
+    }
+}
+
+void barrier_wait(uint64_t* address, uint32_t parity)
+{
+    ByteBarrier& barrier = known(address, "barrier_wait");
+    while ((barrier.phase & 1) == parity) {
+        for (const BoxCopy& copy : barrier.under_way) {
+            const std::size_t bytes = bytes_of(copy.from);
+            if (bytes > barrier.bytes) fail("a box of %zu bytes came where %zu were announced", bytes, static_cast<std::size_t>(barrier.bytes));
+            complete(copy);
+            barrier.bytes -= bytes;
+        }
+        barrier.under_way.clear();
+        end_phase_if_complete(barrier);
+        if ((barrier.phase & 1) == parity) poll();
+    }
+}
+
+void copy_box(void* shared, const TensorMap& from, uint64_t* barrier, int column, int row)
+{
+    auto* to = static_cast<unsigned char*>(shared);
+    const Block& block = *self().block;
+    if (reinterpret_cast<uintptr_t>(to) % 1024 != 0) fail("load_box to an address that is not a multiple of 1024");
+    if (to < block.shared || to + bytes_of(from) > block.shared + block.grid->shared_bytes)
+        fail("load_box of %zu bytes at byte %td of %zu", bytes_of(from), to - block.shared, block.grid->shared_bytes);
+    std::memset(to, 0xff, bytes_of(from));
+    known(barrier, "load_box").under_way.push_back({to, from, column, row});
+}
+
+// ---- Products of a warp group -------------------------------------------------------------------------------------
+
+const unsigned char* window()
+{
+    return reinterpret_cast<const unsigned char*>(reinterpret_cast<uintptr_t>(self().block->shared) & ~uintptr_t{1023});
+}
+
+uint64_t matrix_descriptor(const void* shared)
+{
+    const std::ptrdiff_t offset = static_cast<const unsigned char*>(shared) - window();
+    if (offset % 1024 != 0) fail("a matrix at an address that is not a multiple of 1024");
+    return static_cast<uint64_t>(offset) >> 4;
+}
+
+uint16_t element(const unsigned char* base, uint64_t descriptor, int row, int k)
+{
+    const unsigned char* line = base + (descriptor << 4) + 128 * row + 2 * k;
+    const auto address = reinterpret_cast<uintptr_t>(line);
+    return as<uint16_t>(reinterpret_cast<const unsigned char*>(address ^ (address >> 7 & 7) << 4));
+}
+
+void fence_registers()
+{
+    collective("wgmma_fence", 0xffffffffu, nullptr, act_nothing);
+    self().registers_fenced = true;
+}
+
+void multiply(int columns, float* d, uint64_t a, uint64_t b, float (*widen)(uint16_t))
+{
+    if (!self().registers_fenced) fail("wgmma before wgmma_fence");
+    const unsigned thread = self().linear % 128;
+    const unsigned char* const base = window();
+    self().uncommitted_products.push_back([=] {
+        const unsigned g = thread / 4 % 8, t = thread % 4;
+        float rows[2][16];
+        for (int half = 0; half < 2; half++)
+            for (int k = 0; k < 16; k++)
+                rows[half][k] = widen(element(base, a, static_cast<int>(thread / 32 * 16 + g) + 8 * half, k));
+        for (int i = 0; i < columns / 8; i++)
+            for (int e = 0; e < 2; e++) {
+                const int column = 8 * i + static_cast<int>(2 * t) + e;
+                for (int k = 0; k < 16; k++) {
+                    const float w = widen(element(base, b, column, k));
+                    d[4 * i + e] += rows[0][k] * w;
+                    d[4 * i + 2 + e] += rows[1][k] * w;
+                }
+            }
+    });
+}
+
+void commit_products()
+{
+    self().products.push_back(std::move(self().uncommitted_products));
+    self().uncommitted_products.clear();
+    self().committed_products++;
+}
+
+// A product is one of the whole warp group: it begins when all its threads have issued it, and ends for all.
+void wait_for_products(unsigned newest_groups)
+{
+    Fiber& fiber = self();
+    fiber.registers_fenced = false;
+    if (fiber.products.size() <= newest_groups) return;
+    const uint64_t count = fiber.committed_products - newest_groups;  // from the first one on
+    auto& fibers = fiber.block->fibers;
+    const unsigned first = fiber.linear / 128 * 128;
+    if (first + 128 > fibers.size()) fail("wgmma in a warp group of %zu threads", fibers.size() - first);
+    for (unsigned i = first; i < first + 128; i++)
+        while (fibers[i].committed_products < count) poll();
+    for (unsigned i = first; i < first + 128; i++) {
+        auto& groups = fibers[i].products;
+        while (!groups.empty() && fibers[i].committed_products - groups.size() < count) {
+            for (const auto& product : groups.front()) product();
+            groups.erase(groups.begin());
+        }
+    }
+    progress();
+}
+
+// ---- Clusters -----------------------------------------------------------------------------------------------------
+
+void cluster_barrier()
+{
+    Fiber& fiber = self();
+    Cluster& cluster = *fiber.block->cluster;
+    fiber.state = State::in_barrier;
+    fiber.waits_in = "cluster_sync";
+    fiber.mask = CLUSTER_BARRIER;
+    if (++cluster.arrived == cluster.blocks.size() * fiber.block->num_threads) {
+        cluster.arrived = 0;
+        progress();
+        for (Block* block : cluster.blocks)
+            if (block != nullptr)
+                for (Fiber& other : block->fibers)
+                    if (other.state == State::in_barrier && other.mask == CLUSTER_BARRIER) make_ready(other);
+    }
+    to_scheduler();
+}
+
+const unsigned char* of_cluster(const void* shared, unsigned rank, std::size_t bytes)
+{
+    check_shared(shared, bytes, "load_cluster");
+    const Block& block = *self().block;
+    const auto& peers = block.cluster->blocks;
+    if (rank >= peers.size()) fail("load_cluster of block %u of %zu", rank, peers.size());
+    if (peers[rank] == nullptr) fail("load_cluster of block %u, which has ended", rank);
+    return peers[rank]->shared + (static_cast<const unsigned char*>(shared) - block.shared);
+}
+
+}  // namespace zmqexec::emulator
