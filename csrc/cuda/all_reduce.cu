@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(max_threads(RANKS, NORM), 1)
     if constexpr (NORM)
         if (pack_begin < message.packs_per_row)
             first_weight = load_pack<T>(message.weight, pack_begin * N, message.cols, message.is_aligned);
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
 
     const auto own_pack = [&](int row, int pack) {
         const T* values = static_cast<const T*>(message.input) + static_cast<int64_t>(row) * message.cols;

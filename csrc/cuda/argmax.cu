@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(THREADS)
 {
     SHARED_MEMORY(shared);
     Best* of_warps = reinterpret_cast<Best*>(shared);
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int64_t row = blockIdx.x;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     logits += row * stride;

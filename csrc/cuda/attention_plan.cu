@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(THREADS) attention_plan_kernel(const PlanArgum
     Sums* scratch = reinterpret_cast<Sums*>(sizes + (a.num_rows + 1) / 2 * 2);  // 2 · WARPS
     int* least_chunk = reinterpret_cast<int*>(scratch + 2 * WARPS);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
 
     auto query_start_of = [&](int row) {
         return a.query_starts == nullptr ? row : static_cast<int>(load_cg_4(a.query_starts + row));

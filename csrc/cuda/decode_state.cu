@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(MOST_ROWS)
     begin_decode_kernel(const int32_t* step, int max_rows, int rows, Slots slots, int block_size, int32_t* input_ids,
                         int32_t* positions, int32_t* context_lens, int32_t* slot_mapping, int32_t* row_slots)
 {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
 
     const int row = static_cast<int>(threadIdx.x);
     const int32_t* updates = step + 2 + max_rows;
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(MOST_ROWS)
     finish_decode_kernel(const int32_t* sampled, const int32_t* row_slots, const int32_t* context_lens, int rows,
                          int32_t* token_ids, int32_t* num_known, int max_tokens, int32_t* out)
 {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
 
     const int row = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (row >= rows) return;

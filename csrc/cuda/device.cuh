@@ -222,8 +222,9 @@ __device__ __forceinline__ void pdl_wait()
 #endif
 }
 
-// Lets the next kernel's blocks start, once every block has said so. After pdl_wait, in every block: a kernel that ends
-// without having waited would let its successor's pdl_wait return before its predecessor has ended.
+// Lets the next kernel's blocks start, once every block has said so; before or after pdl_wait, but in a kernel whose
+// every block waits before it ends: otherwise its successor's pdl_wait would return before its predecessor has ended.
+// Short kernels say it first, so that the weights which the successor's blocks prefetch come meanwhile.
 __device__ __forceinline__ void pdl_launch_dependents()
 {
 #if __CUDA_ARCH__ >= 900

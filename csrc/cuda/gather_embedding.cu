@@ -12,8 +12,8 @@ template <class Word>
 __global__ void __launch_bounds__(THREADS)
     gather_embedding_kernel(Word* out, const Word* table, const int* ids, int words, int first, int count)
 {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int64_t row = blockIdx.x;
     const int at = static_cast<int>(blockIdx.y * THREADS + threadIdx.x);
     if (at >= words) return;

@@ -66,6 +66,12 @@ __device__ __forceinline__ void load_box(void* shared, const TensorMap& from, ui
                  : "memory");
 }
 
+// Before the first load_box, so that it need not wait for the map itself.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+
 // ---- Products of the 128 threads of a warp group ----
 
 // Of a matrix of 16-bit elements with rows of 128 bytes as load_box leaves them, 1024-aligned; + 2 is 16 columns further.

@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(1024)
             if (at < num_vectors) load<T>(weights[i], weight + at * N);
         }
     }
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
 
     float squares = 0.0f;
     auto add_and_square = [&](float (&values)[N], int at) {

@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(512)
     rope_write_kv_kernel(T* q_out, T* qkv, T* cache, const int* slot_mapping, const int* positions, const float* cos,
                          const float* sin, int heads, int kv_heads, int head_dim, int block_size, bool keep_k)
 {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int64_t token = blockIdx.x;
     const int slot = slot_mapping[token];
     if (slot < 0) return;

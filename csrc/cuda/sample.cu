@@ -605,8 +605,8 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
                   const Params* params, const int32_t* row_slots, const int32_t* positions)
 {
     SHARED_MEMORY(memory);
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
 
     const int64_t row = blockIdx.x;
     const int32_t position = static_cast<int32_t>(load_cg_4(positions + row));
@@ -670,8 +670,8 @@ BINDING(sample,
 __global__ void random_bits_kernel(uint64_t* out, const uint64_t* seeds, const uint32_t* sample_indices,
                                    const uint32_t* positions, int count)
 {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (i < count) out[i] = random_53(seeds[i], sample_indices[i], positions[i]);
 }

@@ -11,8 +11,8 @@ constexpr int THREADS = 256;
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) silu_mul_kernel(T* out, const T* gate_up, int inner)
 {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int64_t row = blockIdx.x;
     const int at = static_cast<int>(blockIdx.y * THREADS + threadIdx.x) * N;
     if (at >= inner) return;

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int MAX_TOKENS = 128;
 constexpr int GROUP_TOKENS = 64;  // of a warp group
-constexpr int MAX_STAGES = 12;
+constexpr int MAX_STAGES = 16;
 constexpr int LINE_BYTES = 2 * BOX_COLUMNS;
 
 enum class Epilogue : int { store = 0, add_residual = 1, silu_mul = 2 };
@@ -82,7 +82,9 @@ __global__ void __launch_bounds__(GROUPS * 128 + 32, GROUPS == 1 ? 2 : 1)
     const int first_chunk = rank * all_chunks / p.splits;
     const int chunks = (rank + 1) * all_chunks / p.splits - first_chunk;
 
-    if (thread == 0) {
+    if (thread == CONSUMERS) {
+        prefetch_map(weight);
+        prefetch_map(x);
         for (int i = 0; i < p.stages; i++) {
             barrier_init(full + i, 1);
             barrier_init(empty + i, GROUPS);
@@ -104,8 +106,8 @@ __global__ void __launch_bounds__(GROUPS * 128 + 32, GROUPS == 1 ? 2 : 1)
         };
         const int ahead = min(p.stages, chunks);
         for (int i = 0; i < ahead; i++) load_weight(i, i);
-        pdl_wait();
         pdl_launch_dependents();
+        pdl_wait();
         for (int i = 0; i < ahead; i++) load_x(i, i);
         int stage = 0;
         uint32_t parity = 0;
@@ -121,7 +123,6 @@ __global__ void __launch_bounds__(GROUPS * 128 + 32, GROUPS == 1 ? 2 : 1)
     }
     else {
         pdl_wait();
-        pdl_launch_dependents();
     }
 
     if (warp < CONSUMERS / 32) {
@@ -200,7 +201,6 @@ __global__ void __launch_bounds__(GROUPS * 128 + 32, GROUPS == 1 ? 2 : 1)
 
 
 constexpr std::size_t BLOCK_BYTES = 227 << 10;       // that a block may have, on compute capability 9.0
-constexpr std::size_t HALF_SM_BYTES = 113 << 10;     // beside which another block finds as much
 
 // Sets stages (as asked, or as many as fit) and what follows from them; 0: not even two stages fit.
 std::size_t shared_bytes(TiledGemm& p, int rows, int stages)
@@ -216,14 +216,8 @@ std::size_t shared_bytes(TiledGemm& p, int rows, int stages)
     };
     const auto all = [&](int count) { return of_ring(count) + 2 * sizeof(uint64_t) * static_cast<std::size_t>(count) + 1024; };
     if (stages == 0) {
-        // A successor's block should fit beside this one, to fill its ring early; where that leaves few stages, it waits.
-        const auto most_within = [&](std::size_t bytes) {
-            int count = MAX_STAGES;
-            while (count > 0 && all(count) > bytes) count--;
-            return count;
-        };
-        stages = most_within(HALF_SM_BYTES);
-        if (stages < 4) stages = std::min(most_within(BLOCK_BYTES), 6);
+        stages = MAX_STAGES;
+        while (stages > 0 && all(stages) > BLOCK_BYTES) stages--;
     }
     p.stages = stages;
     p.barriers_at = static_cast<int>(of_ring(stages));
@@ -255,7 +249,7 @@ const char* tiled_gemm(const void* weight, const void* x, void* out, int m, int 
     check_argument(x_stride % 8 == 0 && out_stride % 8 == 0 && residual_stride % 8 == 0, "strides are multiples of 8");
     check_argument(x_stride >= k, "rows of x may not overlap");
     check_argument(splits == 1 || splits == 2 || splits == 4 || splits == 8, "splits is 1, 2, 4 or 8");
-    check_argument(stages == 0 || (stages >= 2 && stages <= MAX_STAGES), "stages is 0 or 2 to 12");
+    check_argument(stages == 0 || (stages >= 2 && stages <= MAX_STAGES), "stages is 0 or 2 to 16");
     if (m == 0) return nullptr;
 #ifdef __CUDACC__
     int device = 0, capability = 0;

@@ -307,7 +307,6 @@ void waited_for_predecessor()
 
 void launched_dependents()
 {
-    if (!self().block->waited) fail("pdl_launch_dependents before any pdl_wait of its block");
     self().block->launched = true;
 }
 

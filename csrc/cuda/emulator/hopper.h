@@ -37,6 +37,8 @@ inline void load_box(void* shared, const TensorMap& from, uint64_t* barrier, int
     emulator::copy_box(shared, from, barrier, column, row);
 }
 
+inline void prefetch_map(const TensorMap&) {}
+
 inline uint64_t matrix_descriptor(const void* shared) { return emulator::matrix_descriptor(shared); }
 inline void wgmma_fence() { emulator::fence_registers(); }
 inline void wgmma_commit() { emulator::commit_products(); }

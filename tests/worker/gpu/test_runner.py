@@ -111,7 +111,7 @@ def test_ranks_with_unequal_shards_take_the_same_kernels(tmp_path):
         members = ThreadCollectives.group(2)
         runners = list(pool.map(lambda member: make_gpu_runner(tmp_path, member, dtype="bfloat16"), members))
     row = torch.zeros(1, 128, dtype=torch.bfloat16)
-    assert {runner._model._is_skinny(row) for runner in runners} == {False}
+    assert {runner._model._is_streamed(row) for runner in runners} == {False}
 
 
 def test_an_error_of_sampling_without_a_peer_is_the_peers(tmp_path, monkeypatch):

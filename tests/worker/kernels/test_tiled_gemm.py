@@ -119,9 +119,15 @@ def test_what_does_not_fit_is_refused(kernels_impl, change, named):
     assert named in str(refused.value)
 
 
-@given(
-    m=st.integers(1, 128), n=st.integers(1, 4000).map(lambda n: 16 * n), k=st.integers(1, 2000).map(lambda k: 8 * k)
+@pytest.mark.parametrize(
+    ("out_features", "tile"),
+    [(12288, Tile(96)), (4096, Tile(64, 2)), (22016, Tile(176)), (6144, Tile(96, 2)), (11008, Tile(96)), (8192, Tile(64))],
 )
-def test_a_chosen_tile_is_one_that_there_is(m, n, k):
-    tile = choose_tile(m, n, k, 132)
+def test_tiles_that_were_measured_as_the_fastest_are_chosen(out_features, tile):
+    assert choose_tile(out_features, num_sms=132) == tile
+
+
+@given(n=st.integers(1, 4000).map(lambda n: 16 * n), num_sms=st.integers(1, 200))
+def test_a_chosen_tile_is_one_that_there_is(n, num_sms):
+    tile = choose_tile(n, num_sms)
     assert tile.rows in ROWS and tile.splits in SPLITS

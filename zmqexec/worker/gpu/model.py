@@ -18,15 +18,10 @@ from zmqexec.model_config import ModelConfig, Sharding
 from zmqexec.worker.gpu.attention import PrefillContexts
 from zmqexec.worker.gpu.collectives import GpuCollectives
 from zmqexec.worker.gpu.deterministic import by_fixed_rows, check_product
-from zmqexec.worker.gpu.ops import DecodeAttention, Norm, Ops, Places, wide_logits
+from zmqexec.worker.gpu.ops import SKINNY_ROWS, DecodeAttention, Norm, Ops, Places, wide_logits
 from zmqexec.worker.gpu.pad_heads import pad_angles
-from zmqexec.worker.kernels.skinny_gemm import supported
 from zmqexec.worker.models.layers import RotaryAngles
 from zmqexec.worker.models.weights import LayerWeights, LlamaWeights
-
-SKINNY_ROWS = 16
-"""On an H200, 7B, µs a layer without attention, by `skinny_gemm` and by cuBLAS with the kernels around it: 116 and 130
-for 16 rows, 133 and 128 for 24; half of each matrix, as two GPUs have it: 68 and 77 for 16 rows."""
 
 FUSED_NORM_ROWS = 4
 """Up to here every block of `skinny_gemm` norms its input itself. On an H200, 7B, µs a layer with the norm inside and
@@ -92,8 +87,8 @@ class GpuLlama:
         hidden = self._embed(token_ids)
         if not len(hidden):
             return hidden
-        if not contexts and self._is_skinny(hidden):
-            return self._forward_skinny(hidden, places, cache)
+        if not contexts and self._is_streamed(hidden):
+            return self._forward_streamed(hidden, places, cache)
         partial: torch.Tensor | None = None
         for layer, layer_cache in zip(self._weights.layers, cache, strict=True):
             normed = self._add_norm(hidden, partial, layer.input_norm)
@@ -116,7 +111,7 @@ class GpuLlama:
         In `out` where it is given. -inf past the end of the vocabulary.
         """
         ops, weights = self._ops, self._weights
-        if self._is_skinny(hidden):
+        if len(hidden) <= SKINNY_ROWS and self._is_streamed(hidden):
             x, norm = self._normed(hidden, weights.norm)
             logits = ops.linear(x, weights.lm_head, None, norm=norm, out=out, out_dtype=torch.float32)
         else:
@@ -127,16 +122,15 @@ class GpuLlama:
             logits[:, len(self._held) :] = -torch.inf
         return logits
 
-    def _is_skinny(self, hidden: torch.Tensor) -> bool:
-        """Whether all products of these rows go through `skinny_gemm`, on every rank: all call the same collectives."""
+    def _is_streamed(self, hidden: torch.Tensor) -> bool:
+        """Whether all products of these rows go through our own kernels, on every rank: all call the same collectives."""
         num_rows, width = hidden.shape
-        if num_rows > SKINNY_ROWS or self._deterministic:
+        if self._deterministic:
             return False
-        weights = self._weights
-        layer = weights.layers[0]
-        shapes = [(weight.shape[0], weight.shape[1]) for weight in (layer.qkv, layer.o, weights.lm_head)]
+        layer = self._weights.layers[0]
+        shapes = [(weight.shape[0], weight.shape[1]) for weight in (layer.qkv, layer.o)]
         shapes += [shape for inner in self._inner_sizes for shape in ((2 * inner, width), (width, inner))]
-        return all(supported(num_rows, rows, columns, hidden.dtype) for rows, columns in shapes)
+        return all(self._ops.streams(num_rows, rows, columns, hidden.dtype) for rows, columns in shapes)
 
     def check_products(self) -> None:
         """`ConfigError` where the matrix library cannot do what `deterministic` promises: each shape once."""
@@ -206,29 +200,39 @@ class GpuLlama:
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended.view(len(normed), -1)
 
-    def _forward_skinny(self, hidden: torch.Tensor, places: Places, cache: list[torch.Tensor]) -> torch.Tensor:
-        ops = self._ops
+    def _forward_streamed(self, hidden: torch.Tensor, places: Places, cache: list[torch.Tensor]) -> torch.Tensor:
+        ops, layers = self._ops, self._weights.layers
         # Padded rows of it keep whatever is there; a row's product reaches no other row.
         attended = hidden.new_empty((len(hidden), self._num_heads, self._head_dim))
-        for layer, layer_cache in zip(self._weights.layers, cache, strict=True):
-            x, norm = self._normed(hidden, layer.input_norm)
+        x, norm = self._normed(hidden, layers[0].input_norm)
+        for layer, following, layer_cache in zip(layers, [*layers[1:], None], cache, strict=True):
             query = ops.qkv_rope_write(x, layer.qkv, layer.qkv_bias, norm, layer_cache, places, self._num_heads)
             self._decode_attention.attend(attended, query, layer_cache, self._scale)
-            self._project_(hidden, attended.view(len(hidden), -1), layer.o, layer.o_bias)
-            x, norm = self._normed(hidden, layer.post_norm)
+            x, norm = self._project_(hidden, attended.view(len(hidden), -1), layer.o, layer.o_bias, layer.post_norm)
             inner = ops.linear_silu_mul(x, layer.gate_up, layer.gate_up_bias, norm)
-            self._project_(hidden, inner, layer.down, layer.down_bias)
+            x, norm = self._project_(hidden, inner, layer.down, layer.down_bias, following and following.input_norm)
         return hidden
 
     def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, Norm | None]:
-        """Input for `skinny_gemm`, and the norm that is left to it."""
+        """Input for the next product, and the norm that is left to it."""
         if len(hidden) <= FUSED_NORM_ROWS:
             return hidden, (weight, self._eps)
         return self._ops.rms_norm(hidden, weight, self._eps), None
 
-    def _project_(self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """hidden += the sum over the ranks of x · weightᵀ + bias."""
+    def _project_(
+        self,
+        hidden: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Norm | None]:
+        """hidden += the sum over the ranks of x · weightᵀ + bias. Returns that `_normed`, where there is a norm."""
         if self._collectives.tp_size == 1:
             self._ops.linear_residual_(hidden, x, weight, bias)
         else:
-            self._collectives.all_reduce_residual_(hidden, self._ops.linear(x, weight, bias))
+            partial = self._ops.linear(x, weight, bias)
+            if norm is not None and len(hidden) > FUSED_NORM_ROWS:
+                return self._collectives.all_reduce_residual_norm(hidden, partial, norm, self._eps), None
+            self._collectives.all_reduce_residual_(hidden, partial)
+        return (hidden, None) if norm is None else self._normed(hidden, norm)

@@ -6,7 +6,7 @@ All functions accumulate in float32 and round once to the tensors' type wherever
 projection, after the activation. Only the sum of a residual is taken before the projection is rounded. Tolerance
 against `reference.py` over float32 products, for results near 1: 2 units in the last place, after the activation 8.
 
-A token's result has the same bits for any tokens beside it, as long as their number has the same tile.
+A token's result has the same bits for any tokens beside it.
 
 With programmatic dependent launch the weights are read before the previous kernel on the stream has ended: it must not
 be what writes them.
@@ -16,6 +16,7 @@ Every matrix is [out, in] and contiguous; x may be a strided view. Rows of all t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -59,18 +60,18 @@ def supported(num_tokens: int, out_features: int, in_features: int, dtype: torch
 
 
 @cache
-def choose_tile(num_tokens: int, out_features: int, in_features: int, num_sms: int) -> Tile:
-    """The tile that is expected to be the fastest."""
-    return min(
-        (Tile(rows, splits) for rows in ROWS for splits in SPLITS),
-        key=lambda tile: _cost(tile, num_tokens, out_features, in_features, num_sms),
-    )
+def choose_tile(out_features: int, num_sms: int) -> Tile:
+    """The tile that leaves the fewest SMs without work, where a split and a second wave of blocks cost something.
 
+    On an H200, for the matrices of Llama-2-7B on one and two GPUs and 32 to 128 tokens, the fastest or within 4 % of it.
+    """
 
-def _cost(tile: Tile, num_tokens: int, out_features: int, in_features: int, num_sms: int) -> float:
-    blocks = -(-out_features // tile.rows) * tile.splits
-    rounds = -(-blocks // num_sms)
-    return rounds * (tile.rows + num_tokens) * in_features / tile.splits
+    def score(tile: Tile) -> float:
+        blocks = -(-out_features // tile.rows) * tile.splits
+        waves = -(-blocks // num_sms)
+        return blocks / (waves * num_sms) - 0.09 * math.log2(tile.splits) - 0.05 * (waves - 1)
+
+    return max((Tile(rows, splits) for rows in ROWS for splits in SPLITS), key=score)
 
 
 def linear(
@@ -163,7 +164,7 @@ def _launch(
     if num_tokens == 0:
         return
     module, stream = native.module_of(x.device), native.stream_of(x.device)
-    tile = tile or choose_tile(num_tokens, out_features, in_features, native.num_sms(x.device))
+    tile = tile or choose_tile(out_features, native.num_sms(x.device))
     module.tiled_gemm(
         weight.data_ptr(),
         x.data_ptr(),
