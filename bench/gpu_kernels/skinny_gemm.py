@@ -21,7 +21,7 @@ import torch
 
 from zmqexec.worker.kernels import reference
 from zmqexec.worker.kernels import skinny_gemm as sg
-from zmqexec.worker.kernels.skinny_gemm import Norm, Tuning
+from zmqexec.worker.kernels.skinny_gemm import Tuning
 
 HIDDEN, INNER, HEADS, HEAD_DIM, VOCAB, LAYERS = 4096, 11008, 32, 128, 32000, 32
 ROTATED_BYTES = 512 << 20
@@ -71,54 +71,42 @@ def check(device: torch.device) -> list[Row]:
         bound = ulps * torch.finfo(expected.dtype).eps
         return {"ok": error <= bound, "error": error, "bound": bound}
 
-    def linear(m: int, n: int, k: int, dtype: torch.dtype, with_norm: bool, tuning: Tuning) -> Row:
+    def linear(m: int, n: int, k: int, dtype: torch.dtype, tuning: Tuning) -> Row:
         x, weight, bias = random(m, k, dtype=dtype), random(n, k, dtype=dtype, scale=k**-0.5), random(n, dtype=dtype)
-        norm = Norm(random(k, dtype=dtype), EPS) if with_norm else None
-        normed = reference.rms_norm(x, norm.weight, EPS) if norm else x
-        out = sg.linear(x, weight, bias, norm=norm, tuning=tuning)
-        return compared(out, (normed.float() @ weight.float().T + bias.float()).to(dtype))
+        out = sg.linear(x, weight, bias, tuning=tuning)
+        return compared(out, (x.float() @ weight.float().T + bias.float()).to(dtype))
 
     shapes = [shape for tp in (1, 2, 4) for shape in matrices(tp).values()]
     shapes += [(1, 8), (7, 64), (100, 520), (4096, 1032), (33, 4104), (28672, 8192), (8192, 28672), (5120, 13824)]
     for n, k in shapes:
         for m in (1, 2, 5, 8, 11, 16, 32):
             case = {"check": "linear", "m": m, "n": n, "k": k}
-            guarded(rows, case, lambda m=m, n=n, k=k: linear(m, n, k, torch.bfloat16, m % 2 == 0, Tuning()))
+            guarded(rows, case, lambda m=m, n=n, k=k: linear(m, n, k, torch.bfloat16, Tuning()))
     for m in (1, 4, 8):
         for dtype in (torch.bfloat16, torch.float16):
-            for with_norm in (False, True):
-                for tuning in [Tuning(stages=s, x_mode=x) for s in (1, 2, 3, 4) for x in (1, 2)] + [
-                    Tuning(pdl=False),
-                    Tuning(l2_chunks=4),
-                ]:
-                    case = {"check": "tuning", "m": m, "dtype": str(dtype), "norm": with_norm, "tuning": str(tuning)}
-                    guarded(
-                        rows,
-                        case,
-                        lambda m=m, dtype=dtype, with_norm=with_norm, tuning=tuning: linear(
-                            m, 1000, 3072, dtype, with_norm, tuning
-                        ),
-                    )
+            for tuning in [Tuning(stages=s, x_mode=x) for s in (1, 2, 3, 4) for x in (1, 2)] + [Tuning(pdl=False)]:
+                case = {"check": "tuning", "m": m, "dtype": str(dtype), "tuning": str(tuning)}
+                guarded(rows, case, lambda m=m, dtype=dtype, tuning=tuning: linear(m, 1000, 3072, dtype, tuning))
 
     def epilogues(m: int) -> list[tuple[str, Callable[[], Row]]]:
-        x, norm = random(m, HIDDEN), Norm(random(HIDDEN), EPS)
-        normed = reference.rms_norm(x, norm.weight, EPS).float()
+        x = random(m, HIDDEN)
+        wide_x = x.float()
 
         def wide() -> Row:
             weight = random(1000, HIDDEN, scale=HIDDEN**-0.5)
-            out = sg.linear(x, weight, norm=norm, out_dtype=torch.float32)
-            error = float((out - normed @ weight.float().T).abs().max())
+            out = sg.linear(x, weight, out_dtype=torch.float32)
+            error = float((out - wide_x @ weight.float().T).abs().max())
             return {"ok": error < 0.02, "error": error, "bound": 0.02}
 
         def residual() -> Row:
             weight, before = random(HIDDEN, HIDDEN, scale=HIDDEN**-0.5), random(m, HIDDEN)
-            expected = (before.float() + normed @ weight.float().T).bfloat16()
-            return compared(sg.linear_residual_(before, x, weight, norm=norm), expected)
+            expected = (before.float() + wide_x @ weight.float().T).bfloat16()
+            return compared(sg.linear_residual_(before, x, weight), expected)
 
         def silu() -> Row:
             weight = random(2 * INNER, HIDDEN, scale=HIDDEN**-0.5)
-            expected = reference.silu_mul((normed @ weight.float().T).bfloat16())
-            return compared(sg.linear_silu_mul(x, weight, norm=norm), expected, 8)
+            expected = reference.silu_mul((wide_x @ weight.float().T).bfloat16())
+            return compared(sg.linear_silu_mul(x, weight), expected, 8)
 
         def rope() -> Row:
             heads, kv_heads, block_size = HEADS, HEADS // 4, 16
@@ -137,9 +125,8 @@ def check(device: torch.device) -> list[Row]:
                 angles.cos(),
                 angles.sin(),
                 num_heads=heads,
-                norm=norm,
             )
-            expected = (normed @ weight.float().T).bfloat16().view(m, -1, HEAD_DIM)
+            expected = (wide_x @ weight.float().T).bfloat16().view(m, -1, HEAD_DIM)
             reference.rope_(expected[:, : heads + kv_heads], angles[positions].cos(), angles[positions].sin())
             stored = cache[:m, :, :, 5].flatten(1, 2)
             written = int((~cache.isnan()).sum()) == stored.numel()
@@ -152,23 +139,21 @@ def check(device: torch.device) -> list[Row]:
         for name, function in epilogues(m):
             guarded(rows, {"check": name, "m": m}, function)
 
-    def same_bits(n: int, k: int, with_norm: bool) -> Row:
-        x, weight, norm = random(32, k), random(n, k, scale=k**-0.5), Norm(random(k), EPS) if with_norm else None
-        whole = sg.linear(x, weight, norm=norm)
+    def same_bits(n: int, k: int) -> Row:
+        x, weight = random(32, k), random(n, k, scale=k**-0.5)
+        whole = sg.linear(x, weight)
         parts = [(0, 1), (7, 8), (3, 5), (8, 16), (9, 25), (0, 31)]
         tunings = (Tuning(), Tuning(blocks=50, stages=2, x_mode=2))
         return {
             "ok": all(
-                torch.equal(sg.linear(x[a:b], weight, norm=norm, tuning=tuning), whole[a:b])
+                torch.equal(sg.linear(x[a:b], weight, tuning=tuning), whole[a:b])
                 for a, b in parts
                 for tuning in tunings
             )
         }
 
     for n, k in [matrices(1)["qkv"], matrices(4)["down"]]:
-        for with_norm in (False, True):
-            case = {"check": "same bits for every m", "n": n, "k": k, "norm": with_norm}
-            guarded(rows, case, lambda n=n, k=k, with_norm=with_norm: same_bits(n, k, with_norm))
+        guarded(rows, {"check": "same bits for every m", "n": n, "k": k}, lambda n=n, k=k: same_bits(n, k))
 
     for tp in (1, 4):
         for m in (1, 8):
@@ -176,7 +161,7 @@ def check(device: torch.device) -> list[Row]:
             def chained(tp: int = tp, m: int = m) -> Row:
                 """A read before the predecessor's write would show as another result."""
                 results = []
-                for tuning in (Tuning(pdl=False), Tuning(), Tuning(l2_chunks=4)):
+                for tuning in (Tuning(pdl=False), Tuning(), Tuning(stages=4)):
                     chain = Chain(device, tp, m, num_layers=8, seed=5)
                     graph = captured(lambda chain=chain, tuning=tuning: chain.run(tuning))
                     for _ in range(5):
@@ -248,7 +233,7 @@ class Chain:
         sets = max(1, min(num_layers, CHAIN_BYTES // self.layer_bytes))
         weights = [{name: random(n, k, scale=k**-0.5) for name, (n, k) in shapes.items()} for _ in range(sets)]
         self.layers = [weights[i % sets] for i in range(num_layers)]
-        self.norm = Norm(random(HIDDEN), EPS)
+        self.norm_weight = random(HIDDEN)
         self.num_heads = HEADS // tp
         self.start = random(m, HIDDEN)
         self.hidden = self.start.clone()
@@ -265,31 +250,28 @@ class Chain:
     def reset(self) -> None:
         self.hidden.copy_(self.start)
 
-    def run(self, tuning: Tuning, *, separate_norm: bool = False) -> None:
-        norm = None if separate_norm else self.norm
-        x = self.normed if separate_norm else self.hidden
+    def run(self, tuning: Tuning) -> None:
         for weights in self.layers:
-            if separate_norm:
-                self.rms_norm(tuning.pdl)
+            self.rms_norm(tuning.pdl)
             sg.qkv_rope_write(
-                *(x, weights["qkv"], None, self.cache, self.slots, self.positions, self.cos, self.sin),
+                *(self.normed, weights["qkv"], None, self.cache, self.slots, self.positions, self.cos, self.sin),
                 num_heads=self.num_heads,
-                norm=norm,
                 out=self.query,
                 tuning=tuning,
             )
             sg.linear_residual_(self.hidden, self.query.flatten(1), weights["o"], tuning=tuning)
-            if separate_norm:
-                self.rms_norm(tuning.pdl)
-            sg.linear_silu_mul(x, weights["gate_up"], norm=norm, out=self.inner, tuning=tuning)
+            self.rms_norm(tuning.pdl)
+            sg.linear_silu_mul(self.normed, weights["gate_up"], out=self.inner, tuning=tuning)
             sg.linear_residual_(self.hidden, self.inner, weights["down"], tuning=tuning)
 
-    def rms_norm(self, pdl: bool) -> None:
+    def rms_norm(self, pdl: bool, of: torch.Tensor | None = None) -> None:
+        """Of the hidden state, after `of` was added to it."""
         module = importlib.import_module("zmqexec._cuda")
         rows, cols = self.hidden.shape
-        addresses = (self.normed.data_ptr(), 0, self.hidden.data_ptr(), self.norm.weight.data_ptr())
+        tensors = (self.normed, None, self.hidden) if of is None else (self.normed, self.hidden, of)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, self.norm_weight)]
         stream = torch.cuda.current_stream().cuda_stream
-        module.rms_norm(*addresses, rows, cols, cols, self.norm.eps, module.BFLOAT16, stream, pdl)
+        module.rms_norm(*addresses, rows, cols, cols, EPS, module.BFLOAT16, stream, pdl)
 
     def run_mm(self) -> None:
         """The products alone, by cuBLAS."""
@@ -308,9 +290,6 @@ CHAIN_TUNINGS = {
     "x resident": Tuning(x_mode=1),
     "x streamed": Tuning(x_mode=2),
     "x streamed, 2 stages": Tuning(x_mode=2, stages=2),
-    "L2 + 2": Tuning(l2_chunks=2),
-    "L2 + 5": Tuning(l2_chunks=5),
-    "L2 + 3": Tuning(l2_chunks=3),
 }
 
 
@@ -337,7 +316,7 @@ def measure(device: torch.device) -> list[Row]:
         row: Row = {"us": us, "gb_s": 2 * n * k / us / 1e3, "floor_us": 2 * n * k / bandwidth * 1e6}
         if tuning is not None and device.type == "cuda":
             module = importlib.import_module("zmqexec._cuda")
-            plan = module.skinny_gemm_plan(m, n, k, False, module.device_info(device.index or 0)[0], 0, 0)
+            plan = module.skinny_gemm_plan(m, n, k, module.device_info(device.index or 0)[0], 0, 0)
             row |= dict(zip(("stages", "x_streamed", "shared_bytes"), plan, strict=False))
         return row
 
@@ -366,15 +345,6 @@ def measure(device: torch.device) -> list[Row]:
                     rows,
                     case | {"by": name},
                     lambda chain=chain, tuning=tuning: per_layer(lambda: chain.run(tuning)),
-                )
-            # A short kernel in between, as an all-reduce would be: what is prefetched meanwhile?
-            for name in ("default", "no PDL", "L2 + 2", "L2 + 5"):
-                guarded(
-                    rows,
-                    case | {"by": f"separate norm, {name}"},
-                    lambda chain=chain, tuning=CHAIN_TUNINGS[name]: per_layer(
-                        lambda: chain.run(tuning, separate_norm=True)
-                    ),
                 )
     return rows
 

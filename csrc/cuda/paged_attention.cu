@@ -446,8 +446,8 @@ template <class T, int HEAD_DIM, int WARPS, int SLOTS>
 __global__ void REGISTERS(WARPS, HEAD_DIM) paged_attention_kernel(const AttentionArguments a)
 {
     SHARED_MEMORY(shared);
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     WarpState& state = reinterpret_cast<WarpState*>(shared + RING_BYTES<HEAD_DIM, WARPS, SLOTS>)[warp];
     fetch(state.plan, a.blocks + blockIdx.x, lane);

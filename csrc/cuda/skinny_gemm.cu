@@ -1,4 +1,4 @@
-// Linear layers for a handful of tokens, y = epilogue(prologue(x) · Wᵀ): bound by reading W once from memory.
+// Linear layers for a handful of tokens, y = epilogue(x · Wᵀ): bound by reading W once from memory.
 //
 // One block per SM. W's rows are dealt to blocks in tiles of eight; a block takes a few tiles at a time (a pass) and
 // deals K to its warps in chunks. Each warp has a ring of cp.async stages of its own, so nothing but the end of a pass
@@ -22,7 +22,6 @@ enum class Epilogue : int { store = 0, add_residual = 1, silu_mul = 2, rope_writ
 struct SkinnyGemm {
     const unsigned char* weight;       // [n, k]
     const unsigned char* x;            // [m, k], rows x_stride elements apart
-    const unsigned char* norm_weight;  // [k], or null: no norm
     const void* bias;                  // [n], or null
     const void* residual;              // [m, n], rows residual_stride apart; may be out
     void* out;                         // [m, n or n / 2 or q heads · head_dim], rows out_stride apart
@@ -32,7 +31,6 @@ struct SkinnyGemm {
     const float* cos;                  // [max_position, head_dim / 2]
     const float* sin;
     int64_t x_stride, residual_stride, out_stride;
-    float eps;
     int m, n, k;
     Epilogue epilogue;
     bool out_float;
@@ -41,7 +39,6 @@ struct SkinnyGemm {
     // (i % group_tiles) · 4: so that a thread of the epilogue holds gate and up, or both halves of a rotated pair.
     int tiles, group_tiles, group_rows, second_rows;
     int stages;
-    int l2_chunks;    // chunks per warp that are prefetched into L2 beside the ring
     int x_slots;      // chunks of x per warp in shared memory: all of them, or as many as stages
     bool x_streamed;  // x comes along with W in every pass instead of staying
 };
@@ -88,39 +85,8 @@ __device__ __forceinline__ float round_to(float value)
     return to_float<T>(from_float<T>(value));
 }
 
-// weight · T(x · scale), each product rounded to T: reference.py's rms_norm.
-template <class T>
-__device__ __forceinline__ uint32_t norm_2(uint32_t x, uint32_t weight, float scale)
-{
-    const float2 wide = unpack2<T>(x), w = unpack2<T>(weight);
-    const float2 rounded = unpack2<T>(pack2<T>(wide.x * scale, wide.y * scale));
-    return pack2<T>(w.x * rounded.x, w.y * rounded.y);
-}
-template <class T>
-__device__ __forceinline__ uint4 norm_8(uint4 x, uint4 weight, float scale)
-{
-    return make_uint4(norm_2<T>(x.x, weight.x, scale), norm_2<T>(x.y, weight.y, scale),
-                      norm_2<T>(x.z, weight.z, scale), norm_2<T>(x.w, weight.w, scale));
-}
-
-// Spelled out where a compiler could contract one way here and another way in another kernel: a token's bits must not
-// depend on which kernel the number of tokens selects.
-template <class T>
-__device__ __forceinline__ float sum_of_squares_8(uint4 x)
-{
-    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 pair = unpack2<T>(words[i]);
-        sum = fmaf(pair.y, pair.y, fmaf(pair.x, pair.x, sum));
-    }
-    return sum;
-}
-
-// NT: groups of eight tokens. NORM_IN_LOOP: x is streamed and normalized wherever it is read; row m of each of its
-// slots is then the norm's weight.
-template <class T, class S, int NT, bool NORM_IN_LOOP>
+// NT: groups of eight tokens.
+template <class T, class S, int NT>
 __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) skinny_gemm_kernel(const SkinnyGemm p)
 {
     SHARED_MEMORY(shared);
@@ -128,13 +94,11 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     const int g = lane / 4, t = lane % 4;
     const int copy_row = lane / S::PIECES, copy_piece = lane % S::PIECES;
 
-    const int x_rows = p.m + (NORM_IN_LOOP ? 1 : 0);
-    const int x_slot_bytes = x_rows * S::ROW_BYTES;
+    const int x_slot_bytes = p.m * S::ROW_BYTES;
     unsigned char* const ring = shared + warp * p.stages * S::STAGE_BYTES;
     unsigned char* const x_ring = shared + S::WARPS * p.stages * S::STAGE_BYTES + warp * p.x_slots * x_slot_bytes;
     const int warp_bytes = p.stages * S::STAGE_BYTES + p.x_slots * x_slot_bytes;
     float* const sums = reinterpret_cast<float*>(shared + S::WARPS * warp_bytes);  // [m, WARPS, ROWS], padded
-    float* const squares = sums + p.m * S::SUMS_PITCH;                             // [WARPS, m]
 
     const int first_tile = static_cast<int>(blockIdx.x * static_cast<unsigned>(p.tiles) / gridDim.x);
     const int end_tile = static_cast<int>((blockIdx.x + 1) * static_cast<unsigned>(p.tiles) / gridDim.x);
@@ -185,20 +149,17 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             if (rows_inside >> i & 1) copy(i, p.weight + static_cast<uint64_t>(inside ? units : 0u) * 16, inside);
         }
     };
-    const auto x_row = [&](int row) {
-        return NORM_IN_LOOP && row == p.m ? p.norm_weight : p.x + static_cast<int64_t>(row) * p.x_stride * 2;
-    };
-    const bool x_in_first_pass = p.norm_weight == nullptr;  // else the norm has loaded all of it
+    const auto x_row = [&](int row) { return p.x + static_cast<int64_t>(row) * p.x_stride * 2; };
     const auto load_next = [&](bool with_x) {
         if (load_pass < passes) {
             for_each_copy(load_chunk, [&](int i, const unsigned char* from, bool inside) {
                 cp_async_16(copy_target + load_slot * S::STAGE_BYTES + i * S::COPY_ROWS * S::ROW_BYTES, from, inside);
             });
-            if (with_x && (p.x_streamed || (load_pass == 0 && x_in_first_pass))) {
+            if (with_x && (p.x_streamed || load_pass == 0)) {
                 unsigned char* slot = x_ring + (p.x_streamed ? load_slot : load_chunk) * x_slot_bytes;
                 const int k = chunk_k(load_chunk) + copy_piece * 8;
 #pragma unroll 1
-                for (int row = copy_row; row < x_rows; row += S::COPY_ROWS)
+                for (int row = copy_row; row < p.m; row += S::COPY_ROWS)
                     cp_async_16(slot + piece_offset<S>(row, copy_piece), k < p.k ? x_row(row) + k * 2 : p.x, k < p.k);
             }
             load_slot = load_slot + 1 == p.stages ? 0 : load_slot + 1;
@@ -213,13 +174,7 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     if (load_pass < passes) begin_load_pass();
 #pragma unroll 1
     for (int i = 0; i < p.stages; i++) load_next(false);
-    if (load_pass == 0 && copy_piece % 8 == 0) {
-        for (int i = 0; i < p.l2_chunks && load_chunk + i < chunks; i++)
-            for_each_copy(load_chunk + i, [](int, const unsigned char* from, bool) { prefetch_l2(from); });
-    }
-    // Read once per step, so that L2 has lost them: asked for now, there when the norm and the epilogue want them.
-    if (p.norm_weight != nullptr)
-        for (int chunk = lane; chunk < chunks; chunk += 32) prefetch_l2(p.norm_weight + chunk_k(chunk) * 2);
+    // Read once per step, so that L2 has lost it: asked for now, there when the epilogue wants it.
     if (p.bias != nullptr)
         for (int tile = first_tile + static_cast<int>(threadIdx.x); tile < end_tile; tile += S::THREADS) {
             const int group = tile / p.group_tiles;
@@ -228,8 +183,8 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             prefetch_l2(bias + row);
             if (row + p.second_rows < p.n) prefetch_l2(bias + row + p.second_rows);
         }
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
 
     // What the epilogue does is dealt to threads in items: two rows of a tile for one token. What it needs from memory
     // is asked for before the loops whose end needs it.
@@ -252,102 +207,21 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
             cache_slot[i] = static_cast<int>(load_cg_4(p.slot_mapping + token));
         });
 
-    float scale[NT] = {};  // of tokens g + 8 · i, NORM_IN_LOOP only
-    if (p.norm_weight != nullptr) {
-        // A thread takes piece copy_piece of every COPY_ROWS-th chunk.
-        const auto piece_k = [&](int chunk) { return chunk_k(chunk) + copy_piece * 8; };
-        const auto has_piece = [&](int chunk) { return chunk < chunks && piece_k(chunk) < p.k; };
-        // The weights are asked for now, to be there when the sums are.
-        constexpr int EARLY = 2;
-        uint4 early[EARLY];
-#pragma unroll
-        for (int i = 0; i < EARLY; i++) {
-            const int chunk = copy_row + i * S::COPY_ROWS;
-            early[i] = make_uint4(0, 0, 0, 0);
-            if (!NORM_IN_LOOP && has_piece(chunk)) early[i] = load_nc_16(p.norm_weight + piece_k(chunk) * 2);
-        }
-        constexpr int TOKENS = 4, AHEAD = 2;  // eight loads under way
-#pragma unroll 1
-        for (int token = 0; token < p.m; token += TOKENS) {
-            float sum[TOKENS] = {};
-#pragma unroll 1
-            for (int begin = copy_row; begin < chunks; begin += AHEAD * S::COPY_ROWS) {
-                uint4 v[AHEAD][TOKENS];
-#pragma unroll
-                for (int a = 0; a < AHEAD; a++) {
-                    const int chunk = begin + a * S::COPY_ROWS;
-                    const unsigned char* from = x_row(token) + piece_k(chunk) * 2;
-#pragma unroll
-                    for (int i = 0; i < TOKENS; i++) {
-                        v[a][i] = make_uint4(0, 0, 0, 0);
-                        if (token + i < p.m && has_piece(chunk)) v[a][i] = load_cg_16(from);
-                        from += p.x_stride * 2;
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < TOKENS; i++) {
-                    if (token + i >= p.m) break;
-#pragma unroll
-                    for (int a = 0; a < AHEAD; a++) {
-                        const int chunk = begin + a * S::COPY_ROWS;
-                        sum[i] += sum_of_squares_8<T>(v[a][i]);
-                        if (!NORM_IN_LOOP && chunk < chunks)
-                            *reinterpret_cast<uint4*>(x_ring + chunk * x_slot_bytes +
-                                                      piece_offset<S>(token + i, copy_piece)) = v[a][i];
-                    }
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < TOKENS; i++) {
-                if (token + i >= p.m) break;
-                for (int distance = 16; distance > 0; distance /= 2)
-                    sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], distance);
-                if (lane == 0) squares[warp * p.m + token + i] = sum[i];
-            }
-        }
-        __syncthreads();
-        const auto scale_of = [&](int token) {
-            float sum = 0;
-            for (int w = 0; w < S::WARPS; w++) sum += squares[w * p.m + token];
-            return 1.0f / sqrtf(sum / static_cast<float>(p.k) + p.eps);
-        };
-        if constexpr (NORM_IN_LOOP) {
-#pragma unroll
-            for (int i = 0; i < NT; i++) scale[i] = scale_of(g + i * 8 < p.m ? g + i * 8 : p.m - 1);
-        }
-        else {
-#pragma unroll 1
-            for (int token = 0; token < p.m; token++) {
-                const float by = scale_of(token);
-                unsigned char* const row = x_ring + piece_offset<S>(token, copy_piece);
-                const auto apply = [&](int chunk, uint4 weight) {
-                    uint4* at = reinterpret_cast<uint4*>(row + chunk * x_slot_bytes);
-                    *at = norm_8<T>(*at, weight, by);
-                };
-#pragma unroll
-                for (int i = 0; i < EARLY; i++)
-                    if (has_piece(copy_row + i * S::COPY_ROWS)) apply(copy_row + i * S::COPY_ROWS, early[i]);
-#pragma unroll 1
-                for (int chunk = copy_row + EARLY * S::COPY_ROWS; has_piece(chunk); chunk += S::COPY_ROWS)
-                    apply(chunk, load_nc_16(p.norm_weight + piece_k(chunk) * 2));
-            }
-        }
-    }
-    if (p.x_streamed || x_in_first_pass) {
+    {
         // x of the stages that are under way: through registers, since waiting for a cp.async group would wait for
         // all of W's groups before it.
         const int ahead = min(p.stages, p.x_streamed ? passes * chunks : chunks);
         const int first_k = chunk_k(0) + copy_piece * 8;
 #pragma unroll 1
-        for (int begin = copy_row; begin < x_rows; begin += 2 * S::COPY_ROWS) {
+        for (int begin = copy_row; begin < p.m; begin += 2 * S::COPY_ROWS) {
             uint4 v[MAX_STAGES][2];
             const unsigned char* from[2];
             int slots[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int row = begin + i * S::COPY_ROWS;
-                slots[i] = row < x_rows ? ahead : 0;
-                from[i] = x_row(row < x_rows ? row : 0) + first_k * 2;
+                slots[i] = row < p.m ? ahead : 0;
+                from[i] = x_row(row < p.m ? row : 0) + first_k * 2;
             }
             int chunk = 0;
 #pragma unroll
@@ -375,7 +249,6 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
     int x_read[NT];
 #pragma unroll
     for (int i = 0; i < NT; i++) x_read[i] = piece_offset<S>(g + i * 8 < p.m ? g + i * 8 : p.m - 1, t);
-    const int weight_read = piece_offset<S>(p.m, t);
 
     int slot = 0;
     for (int pass = 0; pass < passes; pass++) {
@@ -409,11 +282,6 @@ __global__ void __launch_bounds__(S::THREADS, S::WARPS == 8 && NT < 4 ? 2 : 1) s
                 uint4 b[NT];
 #pragma unroll
                 for (int i = 0; i < NT; i++) b[i] = group_at(x, x_read[i], group);
-                if constexpr (NORM_IN_LOOP) {
-                    const uint4 weight = group_at(x, weight_read, group);
-#pragma unroll
-                    for (int i = 0; i < NT; i++) b[i] = norm_8<T>(b[i], weight, scale[i]);
-                }
 #pragma unroll
                 for (int q = 0; q < S::TILES / 2; q++) {
                     const uint4 low = group_at(w + q * 16 * S::ROW_BYTES, w_read, group);
@@ -540,10 +408,9 @@ const char* shared_limits(Limits& limits)
 template <class S>
 std::size_t shared_bytes(const SkinnyGemm& p)
 {
-    const std::size_t x_rows = static_cast<std::size_t>(p.m + (p.norm_weight != nullptr && p.x_streamed ? 1 : 0));
     const std::size_t m = static_cast<std::size_t>(p.m);
     return S::WARPS * (static_cast<std::size_t>(p.stages) * S::STAGE_BYTES +
-                       static_cast<std::size_t>(p.x_slots) * x_rows * S::ROW_BYTES + m * sizeof(float)) +
+                       static_cast<std::size_t>(p.x_slots) * m * S::ROW_BYTES) +
            m * S::SUMS_PITCH * sizeof(float);
 }
 
@@ -563,11 +430,10 @@ bool choose(SkinnyGemm& p, const Limits& limits, int blocks, int stages, int x_m
         return shared_bytes<S>(q);
     };
     SkinnyGemm small = p;
-    small.norm_weight = nullptr;
     const std::size_t small_bytes = bytes_of(small, true, 2) + 2 * BLOCK_OVERHEAD;
     const std::size_t half = limits.sm_bytes / 2 - BLOCK_OVERHEAD;
     const std::size_t beside_small = limits.sm_bytes > small_bytes ? limits.sm_bytes - small_bytes : 0;
-    const bool one_pass = divide_up(p.tiles, blocks) <= S::TILES && p.norm_weight == nullptr;
+    const bool one_pass = divide_up(p.tiles, blocks) <= S::TILES;
 
     const struct {
         bool streamed;
@@ -599,33 +465,30 @@ template <class T, class S, int NT>
 const char* launch_kernel(const SkinnyGemm& p, int blocks, std::size_t bytes, Stream stream, bool pdl)
 {
     const dim3 grid(static_cast<unsigned>(blocks)), block(S::THREADS);
-    if (p.norm_weight != nullptr && p.x_streamed)
-        return launch(skinny_gemm_kernel<T, S, NT, true>, grid, block, bytes, stream, pdl, p);
-    return launch(skinny_gemm_kernel<T, S, NT, false>, grid, block, bytes, stream, pdl, p);
+    return launch(skinny_gemm_kernel<T, S, NT>, grid, block, bytes, stream, pdl, p);
 }
 
 const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int n, int k, int64_t x_stride,
-                        int64_t out_stride, Dtype dtype, bool out_float, const void* bias, const void* norm_weight,
-                        float eps, int epilogue, const void* residual, int64_t residual_stride, void* cache,
+                        int64_t out_stride, Dtype dtype, bool out_float, const void* bias,
+                        int epilogue, const void* residual, int64_t residual_stride, void* cache,
                         const int32_t* slot_mapping, const int32_t* positions, const float* cos, const float* sin,
                         int heads, int kv_heads, int head_dim, int block_size, int blocks, int stages, int x_mode,
-                        int l2_chunks, Stream stream, bool pdl)
+                        Stream stream, bool pdl)
 {
     check_argument(dtype != Dtype::float32, "dtype is bfloat16 or float16");
     check_argument(m >= 0 && m <= MAX_TOKENS, "m is 0 to 32");
     check_argument(n >= 1 && k >= 8 && k % 8 == 0, "n is at least 1 and k a multiple of 8");
-    check_argument(is_aligned_16(weight) && is_aligned_16(x) && is_aligned_16(norm_weight), "addresses are 16-aligned");
+    check_argument(is_aligned_16(weight) && is_aligned_16(x), "addresses are 16-aligned");
     check_argument(x_stride % 8 == 0, "x_stride is a multiple of 8");
     check_argument(epilogue >= 0 && epilogue <= 3, "epilogue is 0 to 3");
     check_argument(!out_float || epilogue == 0, "a float32 output is for epilogue 0");
-    check_argument(blocks >= 1 && stages >= 0 && stages <= MAX_STAGES && l2_chunks >= 0, "blocks, stages, l2_chunks");
+    check_argument(blocks >= 1 && stages >= 0 && stages <= MAX_STAGES, "blocks, stages");
     check_argument(x_mode >= 0 && x_mode <= 2, "x_mode is 0 to 2");
     if (m == 0) return nullptr;
 
     SkinnyGemm p = {};
     p.weight = static_cast<const unsigned char*>(weight);
     p.x = static_cast<const unsigned char*>(x);
-    p.norm_weight = static_cast<const unsigned char*>(norm_weight);
     p.bias = bias;
     p.residual = residual;
     p.out = out;
@@ -637,7 +500,6 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
     p.x_stride = x_stride;
     p.residual_stride = residual_stride;
     p.out_stride = out_stride;
-    p.eps = eps;
     p.m = m;
     p.n = n;
     p.k = k;
@@ -647,7 +509,6 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
     p.kv_heads = kv_heads;
     p.head_dim = head_dim;
     p.block_size = block_size;
-    p.l2_chunks = l2_chunks;
     p.tiles = divide_up(n, 8);
     p.group_tiles = 1;
     p.group_rows = 8;
@@ -688,14 +549,13 @@ const char* skinny_gemm(const void* weight, const void* x, void* out, int m, int
     });
 }
 
-const char* skinny_gemm_plan(int m, int n, int k, bool with_norm, int blocks, int stages, int x_mode,
+const char* skinny_gemm_plan(int m, int n, int k, int blocks, int stages, int x_mode,
                              std::vector<int64_t>& plan)
 {
     SkinnyGemm p = {};
     p.m = m;
     p.k = k;
     p.tiles = divide_up(n, 8);
-    p.norm_weight = with_norm ? reinterpret_cast<const unsigned char*>(16) : nullptr;  // only asked whether it is there
     Limits limits = {};
     if (const char* error = shared_limits(limits)) return error;
     std::size_t bytes = 0;
@@ -704,19 +564,18 @@ const char* skinny_gemm_plan(int m, int n, int k, bool with_norm, int blocks, in
     return nullptr;
 }
 BINDING(skinny_gemm_plan,
-        "skinny_gemm_plan(m, n, k, with_norm, blocks, stages, x_mode)\n\n"
+        "skinny_gemm_plan(m, n, k, blocks, stages, x_mode)\n\n"
         "What skinny_gemm would run with: (stages, 1 where x is streamed, bytes of shared memory), or () where nothing\n"
         "fits.")
 
 BINDING(skinny_gemm,
-        "skinny_gemm(weight, x, out, m, n, k, x_stride, out_stride, dtype, out_float, bias, norm_weight, eps, "
-        "epilogue, residual, residual_stride, cache, slot_mapping, positions, cos, sin, heads, kv_heads, head_dim, "
-        "block_size, blocks, stages, x_mode, l2_chunks, stream, pdl)\n\n"
-        "out = epilogue(norm(x) · weightᵀ + bias) for m <= 32 tokens; weight [n, k], x [m, k], strides in elements.\n"
-        "norm_weight 0: no norm. epilogue 0: store; 1: + residual; 2: silu(first half of n) · second half; 3: n is\n"
-        "packed q, k, v heads: rotated q to out, rotated k and v to cache [num_blocks, 2, kv_heads, block_size,\n"
-        "head_dim]. blocks: the SM count. stages, x_mode (1: x stays in shared memory, 2: streamed) and l2_chunks\n"
-        "(prefetched per warp) are for measurements; 0: as chosen here.")
+        "skinny_gemm(weight, x, out, m, n, k, x_stride, out_stride, dtype, out_float, bias, epilogue, residual, "
+        "residual_stride, cache, slot_mapping, positions, cos, sin, heads, kv_heads, head_dim, block_size, blocks, "
+        "stages, x_mode, stream, pdl)\n\n"
+        "out = epilogue(x · weightᵀ + bias) for m <= 32 tokens; weight [n, k], x [m, k], strides in elements.\n"
+        "epilogue 0: store; 1: + residual; 2: silu(first half of n) · second half; 3: n is packed q, k, v heads:\n"
+        "rotated q to out, rotated k and v to cache [num_blocks, 2, kv_heads, block_size, head_dim]. blocks: the SM\n"
+        "count. stages and x_mode (1: x stays in shared memory, 2: streamed) are for measurements; 0: as chosen here.")
 
 }  // namespace
 }  // namespace zmqexec

@@ -1,4 +1,4 @@
-"""csrc/cuda/skinny_gemm.cu against float32 products and the reference's norm, activation and rotation."""
+"""csrc/cuda/skinny_gemm.cu against float32 products and the reference's activation and rotation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from zmqexec.errors import InternalError
 from zmqexec.worker.kernels import reference, skinny_gemm
-from zmqexec.worker.kernels.skinny_gemm import Norm, Tuning
+from zmqexec.worker.kernels.skinny_gemm import Tuning
 
-EPS = 1e-5
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16])
 TOKENS = st.one_of(st.integers(1, 8), st.integers(9, 32))
 IN_FEATURES = st.one_of(
@@ -25,7 +24,6 @@ TUNINGS = st.builds(
     Tuning,
     stages=st.sampled_from([0, 0, 1, 2, 3, 4]),
     x_mode=st.sampled_from([0, 0, 1, 2]),
-    l2_chunks=st.sampled_from([0, 3]),
     blocks=st.one_of(st.integers(1, 3), st.just(0)),
 )
 SEEDS = st.integers(0, 1 << 30)
@@ -34,14 +32,13 @@ SEEDS = st.integers(0, 1 << 30)
 class Layer:
     """Random x (rows apart) and weights; the results are near 1 in size."""
 
-    def __init__(self, kernels_impl, m, n, k, dtype, seed, *, with_bias=False, with_norm=False, padding=0):
+    def __init__(self, kernels_impl, m, n, k, dtype, seed, *, with_bias=False, padding=0):
         self.device = kernels_impl.device
         self.dtype = dtype
         self.generator = torch.Generator().manual_seed(seed)
         self.x = self.random(m, k + padding)[:, :k]
         self.weight = self.random(n, k, scale=k**-0.5)
         self.bias = self.random(n) if with_bias else None
-        self.norm = Norm(self.random(k), EPS) if with_norm else None
 
     def random(self, *shape, scale=1.0):
         values = torch.randn(*shape, generator=self.generator) * scale
@@ -50,8 +47,6 @@ class Layer:
     def expected(self, x=None):
         """The projection in float32, on the CPU."""
         x = (self.x if x is None else x).cpu()
-        if self.norm is not None:
-            x = reference.rms_norm(x, self.norm.weight.cpu(), EPS)
         product = x.float() @ self.weight.cpu().float().T
         return product if self.bias is None else product + self.bias.cpu().float()
 
@@ -88,21 +83,18 @@ def assert_close(out, expected, dtype, ulps=2):
     dtype=DTYPES,
     out_float=st.booleans(),
     with_bias=st.booleans(),
-    with_norm=st.booleans(),
     paddings=st.tuples(st.sampled_from([0, 8, 72]), st.sampled_from([0, 1, 5])),
     tuning=TUNINGS,
     seed=SEEDS,
 )
-def test_linear(kernels_impl, m, n, k, dtype, out_float, with_bias, with_norm, paddings, tuning, seed):
-    layer = Layer(kernels_impl, m, n, k, dtype, seed, with_bias=with_bias, with_norm=with_norm, padding=paddings[0])
+def test_linear(kernels_impl, m, n, k, dtype, out_float, with_bias, paddings, tuning, seed):
+    layer = Layer(kernels_impl, m, n, k, dtype, seed, with_bias=with_bias, padding=paddings[0])
     memory, out = poisoned(layer, m, n, paddings[1], torch.float32 if out_float else None)
     with kernels_impl.emulated(seed=seed % 3):
-        returned = skinny_gemm.linear(
-            layer.x, layer.weight, layer.bias, norm=layer.norm, out=out, tuning=fitting(tuning, m, k)
-        )
+        returned = skinny_gemm.linear(layer.x, layer.weight, layer.bias, out=out, tuning=fitting(tuning, m, k))
     assert returned is out
-    # Where float32 is stored the order of summation remains, and the norm's rounding.
-    ulps = 2 if with_norm or not out_float else 1e-4 / torch.finfo(dtype).eps
+    # Where float32 is stored the order of summation remains.
+    ulps = 2 if not out_float else 1e-4 / torch.finfo(dtype).eps
     assert_close(out, layer.expected(), dtype, ulps)
     assert_only_written(memory, out)
 
@@ -136,18 +128,15 @@ def test_linear_residual(kernels_impl, m, n, k, dtype, with_bias, padding, tunin
     k=IN_FEATURES,
     dtype=DTYPES,
     with_bias=st.booleans(),
-    with_norm=st.booleans(),
     padding=st.sampled_from([0, 3]),
     tuning=TUNINGS,
     seed=SEEDS,
 )
-def test_linear_silu_mul(kernels_impl, m, inner, k, dtype, with_bias, with_norm, padding, tuning, seed):
-    layer = Layer(kernels_impl, m, 2 * inner, k, dtype, seed, with_bias=with_bias, with_norm=with_norm)
+def test_linear_silu_mul(kernels_impl, m, inner, k, dtype, with_bias, padding, tuning, seed):
+    layer = Layer(kernels_impl, m, 2 * inner, k, dtype, seed, with_bias=with_bias)
     memory, out = poisoned(layer, m, inner, padding)
     with kernels_impl.emulated(seed=seed % 3):
-        skinny_gemm.linear_silu_mul(
-            layer.x, layer.weight, layer.bias, norm=layer.norm, out=out, tuning=fitting(tuning, m, k)
-        )
+        skinny_gemm.linear_silu_mul(layer.x, layer.weight, layer.bias, out=out, tuning=fitting(tuning, m, k))
     assert_close(out, reference.silu_mul(layer.expected().to(dtype)), dtype, ulps=8)
     assert_only_written(memory, out)
 
@@ -162,16 +151,13 @@ def test_linear_silu_mul(kernels_impl, m, inner, k, dtype, with_bias, with_norm,
     k=IN_FEATURES,
     dtype=DTYPES,
     with_bias=st.booleans(),
-    with_norm=st.booleans(),
     tuning=TUNINGS,
     seed=SEEDS,
 )
-def test_qkv_rope_write(
-    kernels_impl, m, kv_heads, group, head_dim, block_size, k, dtype, with_bias, with_norm, tuning, seed
-):
+def test_qkv_rope_write(kernels_impl, m, kv_heads, group, head_dim, block_size, k, dtype, with_bias, tuning, seed):
     heads = kv_heads * group
     n = (heads + 2 * kv_heads) * head_dim
-    layer = Layer(kernels_impl, m, n, k, dtype, seed, with_bias=with_bias, with_norm=with_norm)
+    layer = Layer(kernels_impl, m, n, k, dtype, seed, with_bias=with_bias)
     generator, device = layer.generator, layer.device
     num_blocks = -(-m // block_size) + 2
     slots = torch.randperm(num_blocks * block_size, generator=generator)[:m]
@@ -191,7 +177,6 @@ def test_qkv_rope_write(
             angles.cos().to(device),
             angles.sin().to(device),
             num_heads=heads,
-            norm=layer.norm,
             out=out.view(m, heads, head_dim),
             tuning=fitting(tuning, m, k),
         )
@@ -208,13 +193,12 @@ def test_qkv_rope_write(
     assert lines[untouched].isnan().all()
 
 
-@pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("k", [64, 520, 2048])
-def test_a_token_has_the_same_bits_in_any_company_and_on_any_grid(kernels_impl, k, with_norm):
-    layer = Layer(kernels_impl, 32, 72, k, torch.bfloat16, k, with_norm=with_norm)
+def test_a_token_has_the_same_bits_in_any_company_and_on_any_grid(kernels_impl, k):
+    layer = Layer(kernels_impl, 32, 72, k, torch.bfloat16, k)
 
     def run(rows, **tuning):
-        return skinny_gemm.linear(layer.x[rows], layer.weight, norm=layer.norm, tuning=Tuning(**tuning))
+        return skinny_gemm.linear(layer.x[rows], layer.weight, tuning=Tuning(**tuning))
 
     whole = run(slice(0, 32), blocks=2)
     for first, last in [(0, 1), (7, 8), (5, 7), (8, 16), (2, 11), (13, 29), (0, 31)]:
@@ -227,21 +211,20 @@ def test_a_token_has_the_same_bits_in_any_company_and_on_any_grid(kernels_impl, 
 def test_neighbours_in_a_decode_step_find_room_on_one_sm(kernels_impl, m, n, k):
     num_sms, *_, per_sm, _ = kernels_impl.module.device_info(0)
 
-    def plan(n, k, with_norm):
-        stages, _, shared_bytes = kernels_impl.module.skinny_gemm_plan(m, n, k, with_norm, num_sms, 0, 0)
+    def plan(n, k):
+        stages, _, shared_bytes = kernels_impl.module.skinny_gemm_plan(m, n, k, num_sms, 0, 0)
         assert stages >= 2
         return shared_bytes
 
-    small = plan(4096, k, False)  # the projection back to the hidden size
-    for with_norm in (False, True):
-        assert plan(n, k, with_norm) + small + 2 * 1024 <= per_sm
+    small = plan(4096, k)  # the projection back to the hidden size
+    assert plan(n, k) + small + 2 * 1024 <= per_sm
 
 
 def test_garbage_in_one_row_stays_there(kernels_impl):
-    layer = Layer(kernels_impl, 6, 40, 512, torch.float16, 1, with_norm=True)
-    clean = skinny_gemm.linear(layer.x, layer.weight, norm=layer.norm)
+    layer = Layer(kernels_impl, 6, 40, 512, torch.float16, 1)
+    clean = skinny_gemm.linear(layer.x, layer.weight)
     layer.x[3] = torch.nan
-    dirty = skinny_gemm.linear(layer.x, layer.weight, norm=layer.norm)
+    dirty = skinny_gemm.linear(layer.x, layer.weight)
     others = [0, 1, 2, 4, 5]
     assert torch.equal(dirty[others], clean[others]) and dirty[3].isnan().all()
 

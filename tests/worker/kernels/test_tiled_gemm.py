@@ -16,7 +16,8 @@ TOKENS = st.one_of(st.integers(1, 64), st.integers(65, 128))
 OUT_FEATURES = st.integers(1, 30).map(lambda n: 16 * n)
 IN_FEATURES = st.one_of(st.integers(1, 20).map(lambda n: 8 * n), st.integers(1, 16).map(lambda n: 64 * n))
 TILES = st.one_of(
-    st.none(), st.builds(Tile, rows=st.sampled_from(ROWS), splits=st.sampled_from(SPLITS), stages=st.sampled_from([0, 2, 3]))
+    st.none(),
+    st.builds(Tile, rows=st.sampled_from(ROWS), splits=st.sampled_from(SPLITS), stages=st.sampled_from([0, 2, 3])),
 )
 PADDINGS = st.tuples(st.sampled_from([0, 8, 72]), st.sampled_from([0, 8]))
 
@@ -106,10 +107,10 @@ def test_no_tokens(kernels_impl):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (dict(m=129), "[129, 64]"),
-        (dict(n=24), "[24, 64]"),
-        (dict(k=60), "[32, 60]"),
-        (dict(dtype=torch.float32), "torch.float32"),
+        ({"m": 129}, "[129, 64]"),
+        ({"n": 24}, "[24, 64]"),
+        ({"k": 60}, "[32, 60]"),
+        ({"dtype": torch.float32}, "torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(kernels_impl, change, named):
@@ -121,7 +122,14 @@ def test_what_does_not_fit_is_refused(kernels_impl, change, named):
 
 @pytest.mark.parametrize(
     ("out_features", "tile"),
-    [(12288, Tile(96)), (4096, Tile(64, 2)), (22016, Tile(176)), (6144, Tile(96, 2)), (11008, Tile(96)), (8192, Tile(64))],
+    [
+        (12288, Tile(96)),
+        (4096, Tile(64, 2)),
+        (22016, Tile(176)),
+        (6144, Tile(96, 2)),
+        (11008, Tile(96)),
+        (8192, Tile(64)),
+    ],
 )
 def test_tiles_that_were_measured_as_the_fastest_are_chosen(out_features, tile):
     assert choose_tile(out_features, num_sms=132) == tile

@@ -2,9 +2,9 @@
 
 Runs in: worker. `models/llama.py` is the same model in plain torch, and the truth for this one.
 
-A step of at most `SKINNY_ROWS` rows streams each weight once through `skinny_gemm`, with what surrounds the product
-fused into it: five kernels a layer, or seven where norms are their own. Larger ones use cuBLAS, and prefills torch's
-flash attention. A deterministic engine computes all steps as `deterministic.py` says.
+A step that only decodes streams each weight once through our own products, with what follows the product fused into
+it: seven kernels a layer up to `SKINNY_ROWS` rows, eight up to `TILED_ROWS`. Larger ones use cuBLAS, and prefills
+torch's flash attention. A deterministic engine computes all steps as `deterministic.py` says.
 """
 
 from __future__ import annotations
@@ -18,14 +18,10 @@ from zmqexec.model_config import ModelConfig, Sharding
 from zmqexec.worker.gpu.attention import PrefillContexts
 from zmqexec.worker.gpu.collectives import GpuCollectives
 from zmqexec.worker.gpu.deterministic import by_fixed_rows, check_product
-from zmqexec.worker.gpu.ops import SKINNY_ROWS, DecodeAttention, Norm, Ops, Places, wide_logits
+from zmqexec.worker.gpu.ops import SKINNY_ROWS, DecodeAttention, Ops, Places, wide_logits
 from zmqexec.worker.gpu.pad_heads import pad_angles
 from zmqexec.worker.models.layers import RotaryAngles
 from zmqexec.worker.models.weights import LayerWeights, LlamaWeights
-
-FUSED_NORM_ROWS = 4
-"""Up to here every block of `skinny_gemm` norms its input itself. On an H200, 7B, µs a layer with the norm inside and
-as a kernel of its own: 106.0 and 108.5 for 4 rows, 112.5 and 108.9 for 8."""
 
 
 class GpuLlama:
@@ -111,11 +107,10 @@ class GpuLlama:
         In `out` where it is given. -inf past the end of the vocabulary.
         """
         ops, weights = self._ops, self._weights
+        normed = ops.rms_norm(hidden, weights.norm, self._eps)
         if len(hidden) <= SKINNY_ROWS and self._is_streamed(hidden):
-            x, norm = self._normed(hidden, weights.norm)
-            logits = ops.linear(x, weights.lm_head, None, norm=norm, out=out, out_dtype=torch.float32)
+            logits = ops.linear(normed, weights.lm_head, None, out=out, out_dtype=torch.float32)
         else:
-            normed = ops.rms_norm(hidden, weights.norm, self._eps)
             logits = self._rows(lambda part: wide_logits(part, weights.lm_head), normed)
             logits = logits if out is None else out.copy_(logits)
         if len(self._held) < logits.shape[1]:
@@ -123,7 +118,7 @@ class GpuLlama:
         return logits
 
     def _is_streamed(self, hidden: torch.Tensor) -> bool:
-        """Whether all products of these rows go through our own kernels, on every rank: all call the same collectives."""
+        """Whether all products of these rows are our own, on every rank: all call the same collectives."""
         num_rows, width = hidden.shape
         if self._deterministic:
             return False
@@ -204,35 +199,30 @@ class GpuLlama:
         ops, layers = self._ops, self._weights.layers
         # Padded rows of it keep whatever is there; a row's product reaches no other row.
         attended = hidden.new_empty((len(hidden), self._num_heads, self._head_dim))
-        x, norm = self._normed(hidden, layers[0].input_norm)
+        normed = ops.rms_norm(hidden, layers[0].input_norm, self._eps)
         for layer, following, layer_cache in zip(layers, [*layers[1:], None], cache, strict=True):
-            query = ops.qkv_rope_write(x, layer.qkv, layer.qkv_bias, norm, layer_cache, places, self._num_heads)
+            query = ops.qkv_rope_write(normed, layer.qkv, layer.qkv_bias, layer_cache, places, self._num_heads)
             self._decode_attention.attend(attended, query, layer_cache, self._scale)
-            x, norm = self._project_(hidden, attended.view(len(hidden), -1), layer.o, layer.o_bias, layer.post_norm)
-            inner = ops.linear_silu_mul(x, layer.gate_up, layer.gate_up_bias, norm)
-            x, norm = self._project_(hidden, inner, layer.down, layer.down_bias, following and following.input_norm)
+            normed = self._project_(hidden, attended.view(len(hidden), -1), layer.o, layer.o_bias, layer.post_norm)
+            inner = ops.linear_silu_mul(normed, layer.gate_up, layer.gate_up_bias)
+            if following is None:
+                self._add_(hidden, inner, layer.down, layer.down_bias)
+            else:
+                normed = self._project_(hidden, inner, layer.down, layer.down_bias, following.input_norm)
         return hidden
 
-    def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, Norm | None]:
-        """Input for the next product, and the norm that is left to it."""
-        if len(hidden) <= FUSED_NORM_ROWS:
-            return hidden, (weight, self._eps)
-        return self._ops.rms_norm(hidden, weight, self._eps), None
-
-    def _project_(
-        self,
-        hidden: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, Norm | None]:
-        """hidden += the sum over the ranks of x · weightᵀ + bias. Returns that `_normed`, where there is a norm."""
+    def _add_(self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """hidden += the sum over the ranks of x · weightᵀ + bias."""
         if self._collectives.tp_size == 1:
             self._ops.linear_residual_(hidden, x, weight, bias)
         else:
-            partial = self._ops.linear(x, weight, bias)
-            if norm is not None and len(hidden) > FUSED_NORM_ROWS:
-                return self._collectives.all_reduce_residual_norm(hidden, partial, norm, self._eps), None
-            self._collectives.all_reduce_residual_(hidden, partial)
-        return (hidden, None) if norm is None else self._normed(hidden, norm)
+            self._collectives.all_reduce_residual_(hidden, self._ops.linear(x, weight, bias))
+
+    def _project_(
+        self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
+    ) -> torch.Tensor:
+        """`_add_`, then the norm of `hidden`."""
+        if self._collectives.tp_size == 1:
+            self._add_(hidden, x, weight, bias)
+            return self._ops.rms_norm(hidden, norm, self._eps)
+        return self._collectives.all_reduce_residual_norm(hidden, self._ops.linear(x, weight, bias), norm, self._eps)

@@ -22,9 +22,6 @@ for 16 rows, 133 and 128 for 24; half of each matrix, as two GPUs have it: 68 an
 
 TILED_ROWS = 128
 
-Norm = tuple[torch.Tensor, float]
-"""Weight and epsilon of a norm that comes before a product."""
-
 
 @dataclass(frozen=True)
 class Places:
@@ -304,7 +301,7 @@ class Ops:
     # ── products that stream their weights ──────────────────────────────────────────────────────────────────────────
 
     def streams(self, num_rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> bool:
-        """Whether the functions below take a product of this shape. More than `SKINNY_ROWS` rows come without a norm."""
+        """Whether the functions below take a product of this shape."""
         if num_rows <= SKINNY_ROWS:
             return skinny_gemm.supported(num_rows, out_features, in_features, dtype)
         device = self._device.torch_device
@@ -316,14 +313,13 @@ class Ops:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         *,
-        norm: Norm | None = None,
         out: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """norm(x) · weightᵀ + bias; `out` and `out_dtype` for few rows only."""
+        """x · weightᵀ + bias; `out` and `out_dtype` for few rows only."""
         if len(x) > SKINNY_ROWS:
             return tiled_gemm.linear(x, weight, bias, pdl=self.pdl)
-        return skinny_gemm.linear(x, weight, bias, norm=_norm(norm), out=out, out_dtype=out_dtype, tuning=self.tuning)
+        return skinny_gemm.linear(x, weight, bias, out=out, out_dtype=out_dtype, tuning=self.tuning)
 
     def linear_residual_(
         self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -334,20 +330,17 @@ class Ops:
         else:
             skinny_gemm.linear_residual_(residual, x, weight, bias, tuning=self.tuning)
 
-    def linear_silu_mul(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm | None
-    ) -> torch.Tensor:
-        """silu(gate) · up of norm(x) · weightᵀ + bias."""
+    def linear_silu_mul(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """silu(gate) · up of x · weightᵀ + bias."""
         if len(x) > SKINNY_ROWS:
             return tiled_gemm.linear_silu_mul(x, weight, bias, pdl=self.pdl)
-        return skinny_gemm.linear_silu_mul(x, weight, bias, norm=_norm(norm), tuning=self.tuning)
+        return skinny_gemm.linear_silu_mul(x, weight, bias, tuning=self.tuning)
 
     def qkv_rope_write(
         self,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        norm: Norm | None,
         cache: torch.Tensor,
         places: Places,
         num_heads: int,
@@ -367,13 +360,8 @@ class Ops:
             places.cos,
             places.sin,
             num_heads=num_heads,
-            norm=_norm(norm),
             tuning=self.tuning,
         )
-
-
-def _norm(norm: Norm | None) -> skinny_gemm.Norm | None:
-    return None if norm is None else skinny_gemm.Norm(*norm)
 
 
 def wide_logits(hidden: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:

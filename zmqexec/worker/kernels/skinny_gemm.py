@@ -1,11 +1,11 @@
-"""Linear layers for at most 32 tokens: one kernel from the hidden state to what the next kernel reads.
+"""Linear layers for at most 32 tokens: one kernel from the normed hidden state to what the next kernel reads.
 
 Runs in: worker. Kernel: csrc/cuda/skinny_gemm.cu, for bfloat16 and float16 on sm_80 and newer.
 
 All functions accumulate in float32 and round once to the tensors' type wherever separate kernels would store: after the
-norm (twice, as `reference.rms_norm` does), after the projection, after the activation or the rotation. Only the sum of
-a residual is taken before the projection is rounded. Tolerance against `reference.py` over float32 products, for
-results near 1: 2 units in the last place, after a rotation 4, after the activation 8.
+projection, after the activation or the rotation. Only the sum of a residual is taken before the projection is rounded.
+Tolerance against `reference.py` over float32 products, for results near 1: 2 units in the last place, after a rotation
+4, after the activation 8.
 
 A token's result has the same bits for any number of tokens beside it and for any number of SMs.
 
@@ -35,27 +35,17 @@ class Tuning:
 
     stages       1 to 4 stages of a warp's ring; 0: as many as leave room for a successor's block on the SM, at most 3
     x_mode       1: x stays in shared memory, 2: it is streamed beside the weights; 0: chosen by the room it takes
-    l2_chunks    how many chunks per warp beyond the ring are prefetched into L2 before the kernel waits
     blocks       thread blocks; 0: one per SM
     pdl          may start while its predecessor on the stream ends (sm_90 and newer)
     """
 
     stages: int = 0
     x_mode: int = 0
-    l2_chunks: int = 0
     blocks: int = 0
     pdl: bool = True
 
 
 DEFAULT = Tuning()
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm of x before the product: weight [in], as x; eps is added to the mean square."""
-
-    weight: torch.Tensor
-    eps: float
 
 
 def supported(num_tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> bool:
@@ -74,12 +64,11 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    norm: Norm | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     tuning: Tuning = DEFAULT,
 ) -> torch.Tensor:
-    """norm(x) · weightᵀ + bias.
+    """x · weightᵀ + bias.
 
     x        [num_tokens, in]
     weight   [out, in]         as x
@@ -90,7 +79,7 @@ def linear(
         out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
     ok = out.shape == (x.shape[0], weight.shape[0]) and out.dtype in (x.dtype, torch.float32)
     _check(ok and out.stride(-1) == 1, "linear", x=x, weight=weight, out=out)
-    _launch("linear", _STORE, x, weight, bias, norm, out, tuning, out_float=out.dtype == torch.float32)
+    _launch("linear", _STORE, x, weight, bias, out, tuning, out_float=out.dtype == torch.float32)
     return out
 
 
@@ -100,17 +89,16 @@ def linear_residual_(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    norm: Norm | None = None,
     tuning: Tuning = DEFAULT,
 ) -> torch.Tensor:
-    """residual += norm(x) · weightᵀ + bias, summed in float32 and rounded once; returns `residual`.
+    """residual += x · weightᵀ + bias, summed in float32 and rounded once; returns `residual`.
 
     residual  [num_tokens, out]  as x, rows may be apart; must not overlap x
     Otherwise as `linear`.
     """
     ok = residual.shape == (x.shape[0], weight.shape[0]) and residual.dtype == x.dtype and residual.stride(-1) == 1
     _check(ok, "linear_residual_", residual=residual, x=x, weight=weight)
-    _launch("linear_residual_", _ADD_RESIDUAL, x, weight, bias, norm, residual, tuning, residual=residual)
+    _launch("linear_residual_", _ADD_RESIDUAL, x, weight, bias, residual, tuning, residual=residual)
     return residual
 
 
@@ -119,11 +107,10 @@ def linear_silu_mul(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    norm: Norm | None = None,
     out: torch.Tensor | None = None,
     tuning: Tuning = DEFAULT,
 ) -> torch.Tensor:
-    """silu(gate) · up of the projection norm(x) · weightᵀ + bias.
+    """silu(gate) · up of the projection x · weightᵀ + bias.
 
     weight   [2 · inner, in]      rows of gate, then of up; inner a multiple of 4
     bias     [2 · inner]
@@ -134,7 +121,7 @@ def linear_silu_mul(
         out = x.new_empty((x.shape[0], inner))
     ok = out.shape == (x.shape[0], inner) and out.dtype == x.dtype and out.stride(-1) == 1 and weight.shape[0] % 8 == 0
     _check(ok, "linear_silu_mul", x=x, weight=weight, out=out)
-    _launch("linear_silu_mul", _SILU_MUL, x, weight, bias, norm, out, tuning)
+    _launch("linear_silu_mul", _SILU_MUL, x, weight, bias, out, tuning)
     return out
 
 
@@ -149,11 +136,10 @@ def qkv_rope_write(
     sin: torch.Tensor,
     *,
     num_heads: int,
-    norm: Norm | None = None,
     out: torch.Tensor | None = None,
     tuning: Tuning = DEFAULT,
 ) -> torch.Tensor:
-    """Rotated queries of the projection norm(x) · weightᵀ + bias; its rotated keys and its values go into the cache.
+    """Rotated queries of the projection x · weightᵀ + bias; its rotated keys and its values go into the cache.
 
     weight        [(num_heads + 2 · num_kv_heads) · head_dim, in]  heads of query, key and value; head_dim % 8 == 0
     cache         [num_blocks, 2, num_kv_heads, block_size, head_dim]  as x
@@ -179,7 +165,7 @@ def qkv_rope_write(
     _check(ok, "qkv_rope_write", x=x, weight=weight, out=out, cache=cache, slot_mapping=slot_mapping, cos=cos, sin=sin)
     addresses = [tensor.data_ptr() for tensor in (cache, slot_mapping, positions, cos, sin)]
     rope = (*addresses, num_heads, num_kv_heads, head_dim, block_size)
-    _launch("qkv_rope_write", _ROPE_WRITE, x, weight, bias, norm, out, tuning, rope=rope)
+    _launch("qkv_rope_write", _ROPE_WRITE, x, weight, bias, out, tuning, rope=rope)
     return out
 
 
@@ -192,7 +178,6 @@ def _launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    norm: Norm | None,
     out: torch.Tensor,
     tuning: Tuning,
     *,
@@ -206,11 +191,6 @@ def _launch(
     ok = ok and x.stride(-1) == 1 and supported(num_tokens, out_features, in_features, x.dtype)
     ok = ok and (bias is None or (bias.shape == (out_features,) and bias.dtype == x.dtype and bias.is_contiguous()))
     _check(ok, name, x=x, weight=weight)
-    norm_weight, eps = 0, 0.0
-    if norm is not None:
-        norm_ok = norm.weight.shape == (in_features,) and norm.weight.dtype == x.dtype and norm.weight.is_contiguous()
-        _check(norm_ok, name, x=x, norm_weight=norm.weight)
-        norm_weight, eps = norm.weight.data_ptr(), norm.eps
     if num_tokens == 0:
         return
     module, stream = native.module_of(x.device), native.stream_of(x.device)
@@ -226,8 +206,6 @@ def _launch(
         module.BFLOAT16 if x.dtype == torch.bfloat16 else module.FLOAT16,
         out_float,
         0 if bias is None else bias.data_ptr(),
-        norm_weight,
-        eps,
         epilogue,
         0 if residual is None else residual.data_ptr(),
         0 if residual is None else residual.stride(0),
@@ -235,7 +213,6 @@ def _launch(
         tuning.blocks or native.num_sms(x.device),
         tuning.stages,
         tuning.x_mode,
-        tuning.l2_chunks,
         stream,
         tuning.pdl,
     )

@@ -63,7 +63,7 @@ def supported(num_tokens: int, out_features: int, in_features: int, dtype: torch
 def choose_tile(out_features: int, num_sms: int) -> Tile:
     """The tile that leaves the fewest SMs without work, where a split and a second wave of blocks cost something.
 
-    On an H200, for the matrices of Llama-2-7B on one and two GPUs and 32 to 128 tokens, the fastest or within 4 % of it.
+    On an H200, for the matrices of Llama-2-7B on one and two GPUs and 32 to 128 tokens, the fastest or nearly so.
     """
 
     def score(tile: Tile) -> float:
