@@ -1,7 +1,8 @@
 """How much of a decode step the device computes, how much it waits, and what the host does meanwhile. Imports no torch.
 
-A mark directly before and after each graph tells when the device began and ended it; on the host a clock runs around
-the parts of a launch. Modes of run-ahead take turns in short rounds, for the context grows with every step.
+A mark directly before and after each graph, or before and after the copies that are launched with it by one call, tells
+when the device began and ended it; on the host a clock runs around the parts of a launch. Modes of run-ahead take turns
+in short rounds, for the context grows with every step.
 """
 
 from __future__ import annotations

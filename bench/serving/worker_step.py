@@ -113,7 +113,10 @@ def main() -> None:
 
 
 def watched(runner: Any, num_modes: int) -> Watch:
-    """A watch around the runner's graphs and the parts of its `submit`; on the CPU, around its whole step."""
+    """A watch around the runner's graphs and the parts of its `submit`; on the CPU, around its whole step.
+
+    A step that is launched by one call is the part "call", and its graph's span includes its copies.
+    """
     if not hasattr(runner, "submit"):
         watch = Watch(HostMark, num_modes)
         runner.run = watch.marked(runner.run)
@@ -122,7 +125,9 @@ def watched(runner: Any, num_modes: int) -> Watch:
     watch = Watch(lambda: torch.cuda.Event(enable_timing=True), num_modes) if is_cuda else Watch(HostMark, num_modes)
     for graphs in (runner._greedy_graphs, runner._logits_graphs):
         graphs.run = watch.marked(watch.part("launch", graphs.run))
-    runner._stage = watch.part("stage", runner._stage)
+    steps = runner._decode_steps
+    steps.launch = watch.marked(watch.part("call", steps.launch))
+    steps.take_in = watch.part("stage", steps.take_in)
     runner._pending = watch.part("record", runner._pending)
     return watch
 

@@ -240,6 +240,7 @@ class Eager:
 
     def capture(self, launch, pool):
         class Graph:
+            handle = 0
             replay = staticmethod(torch.inference_mode()(launch))  # a replay on the device asks no mode
 
         return Graph, launch()

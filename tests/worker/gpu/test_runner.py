@@ -133,7 +133,8 @@ def test_captured_graphs_are_counted_for_whoever_waits(tmp_path, monkeypatch, ca
     runner = make_gpu_runner(tmp_path, device=device, dtype="bfloat16", max_num_seqs=24)
     assert capsys.readouterr().err == "", "an emulation captures nothing"
     monkeypatch.setattr(device, "is_cuda", True)
-    monkeypatch.setattr("zmqexec.worker.gpu.runner.tune", lambda *_: None)
+    for unwanted in ("tune", "DecodeSteps"):
+        monkeypatch.setattr(f"zmqexec.worker.gpu.runner.{unwanted}", lambda *_: None)
     heard = []
     runner.init_cache(NUM_BLOCKS, lambda done, total: heard.append((done, total, device.num_captured)))
     num_graphs = 2 * len([1, 2, 4, 8, 16, 24])
@@ -307,10 +308,16 @@ def test_new_blocks_may_come_beside_the_admission_and_several_at_a_time(truth, d
 def test_a_step_of_the_same_sequences_and_blocks_sends_the_device_nothing(tmp_path, monkeypatch):
     make_checkpoint(tmp_path, **LARGER["heads-of-64"])
     driver = StepDriver([make_gpu_runner(tmp_path)], BLOCK_SIZE, NUM_BLOCKS)
-    staging = driver.runners[0]._staging
-    copies = []
-    send = staging.send
-    monkeypatch.setattr(staging, "send", lambda *sent: copies.append(driver.computed[0]) or send(*sent))
+    steps, copies = driver.runners[0]._decode_steps, []
+    native = steps._native
+
+    def watched(*arguments):
+        num_copied = native(*arguments)
+        if num_copied > 0:
+            copies.append(driver.computed[0])
+        return num_copied
+
+    monkeypatch.setattr(steps, "_native", watched)
     for slot in (0, 1):
         driver.admit(slot, [1 + slot] * 12)
     driver.step({0: 12, 1: 12}, [])

@@ -1,4 +1,5 @@
-"""A step that only decodes is taken in by the extension exactly as by `Batch` and `write_step`."""
+"""The extension takes in a step that only decodes exactly as `Batch` and `write_step` do, and the device learns of it
+what it does not know already."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ from tests.worker.gpu.emulation import EmulatedDevice
 from zmqexec.errors import InternalError
 from zmqexec.protocol import StepInput, pack
 from zmqexec.worker.batch import Batch
-from zmqexec.worker.gpu.staging import Buffer, DecodeSteps
+from zmqexec.worker.gpu.staging import DecodeSteps, Results, Staging
 from zmqexec.worker.kernels.decode_state import step_ints, write_step
 
 NUM_SLOTS, MAX_MODEL_LEN, BLOCK_SIZE, NUM_CACHE_BLOCKS = 11, 40, 4, 30
@@ -75,22 +77,30 @@ def test_a_step_is_taken_in_as_in_python_or_changes_nothing(device, batch, data)
     check(device, batch, step)
 
 
+class Sender:
+    """Decode steps of `batch`, with the device's ends of their copies."""
+
+    def __init__(self, device, batch, run_ahead=1):
+        self.target = torch.full((step_ints(NUM_SLOTS, NUM_SLOTS),), -7, dtype=torch.int32)
+        self.source = torch.full((NUM_SLOTS,), -7, dtype=torch.int32)
+        self.staging = Staging(self.target, run_ahead, device)
+        results = Results(self.source, run_ahead, device)
+        self.steps = DecodeSteps(batch, NUM_CACHE_BLOCKS, BLOCK_SIZE, self.staging, results, run_ahead, device)
+
+
 def check(device, batch, step):
     before, expected = copy.deepcopy(batch), copy.deepcopy(batch)
-    buffer = Buffer(step_ints(NUM_SLOTS, NUM_SLOTS) + 1, device)
-    buffer.ints[:] = -7
-    count = DecodeSteps(batch, NUM_CACHE_BLOCKS, BLOCK_SIZE, device.native).stage(step, buffer)
+    sender = Sender(device, batch)
+    is_taken = sender.steps.take_in(step)
     ints = by_python(expected, step)
-    assert buffer.ints[-1] == -7
+    assert is_taken == (ints is not None)
     if ints is None:
-        assert count == -1
-        expected = before
-    else:
-        assert buffer.ints[:count].tolist() == ints.tolist()
+        expected, ints = before, np.empty(0, np.int32)
+    assert sender.target.tolist() == [*ints, *[-7] * (len(sender.target) - len(ints))]
     for name in ("num_known", "num_computed", "num_blocks"):
         assert getattr(batch, name).tolist() == getattr(expected, name).tolist()
     assert tables_of(batch) == tables_of(expected)
-    return count
+    return is_taken
 
 
 def tables_of(batch):
@@ -126,13 +136,82 @@ def ready(num_known):
 )
 def test_edges(device, num_known, decodes, new_blocks, is_taken):
     step = StepInput(1, 1, decodes=decodes, new_blocks=pack(new_blocks))
-    assert (check(device, ready(num_known), step) >= 0) == is_taken
+    assert check(device, ready(num_known), step) == is_taken
 
 
 def test_bytes_that_are_no_pairs_or_too_many_are_left_to_python(device):
     for new_blocks in (b"1234567", pack([1, 2] * (NUM_SLOTS + 1))):
         batch = ready(5)
-        buffer = Buffer(step_ints(NUM_SLOTS, NUM_SLOTS), device)
-        steps = DecodeSteps(batch, NUM_CACHE_BLOCKS, BLOCK_SIZE, device.native)
-        assert steps.stage(StepInput(1, 1, decodes=bitmap_of([1]), new_blocks=new_blocks), buffer) == -1
-        assert batch.num_known.tolist() == [5] * NUM_SLOTS
+        sender = Sender(device, batch)
+        assert not sender.steps.take_in(StepInput(1, 1, decodes=bitmap_of([1]), new_blocks=new_blocks))
+        assert batch.num_known.tolist() == [5] * NUM_SLOTS and set(sender.target.tolist()) == {-7}
+
+
+SLOT_SETS = st.sampled_from([[], [0], [0, 3, 10], [3, 10], list(range(NUM_SLOTS))])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["decode", "refuse", "python"]), SLOT_SETS), max_size=30), st.integers(0, 2))
+@settings(deadline=None, max_examples=300)
+def test_the_device_knows_the_rows_of_every_step_and_each_new_block_once(device, steps, run_ahead):
+    """Whatever came before: a step with blocks, one that was refused, one that Python sent."""
+    batch = ready(1)
+    sender = Sender(device, batch, run_ahead)
+    for kind, slots in steps:
+        known_before = batch.num_known.copy()
+        if kind == "python":
+            buffer = sender.staging.take()
+            sender.staging.send(buffer, write_step(buffer.ints, NUM_SLOTS, slots, [(0, 0, 1)] * 3))
+            continue
+        full = [slot for slot in slots if batch.num_known[slot] > batch.num_blocks[slot] * BLOCK_SIZE]
+        blocks = [(slot, 1 + slot) for slot in full] + [(NUM_SLOTS, 0)] * (kind == "refuse")
+        places = [(slot, int(batch.num_blocks[slot]), 1 + slot) for slot in full]
+        if any(batch.num_known[slot] > MAX_MODEL_LEN for slot in slots):
+            return
+        step = StepInput(1, 1, decodes=bitmap_of(slots), new_blocks=pack(number for pair in blocks for number in pair))
+        copied_before = sender.target.clone()
+        assert sender.steps.take_in(step) == (kind == "decode")
+        if kind == "refuse":
+            assert torch.equal(sender.target, copied_before) and np.array_equal(batch.num_known, known_before)
+            continue
+        expected = np.empty(len(sender.target), np.int32)
+        count = write_step(expected, NUM_SLOTS, slots, places)
+        assert sender.target[:count].tolist() == expected[:count].tolist()
+
+
+def test_a_step_with_just_the_same_slots_is_not_copied_again(device):
+    sender = Sender(device, ready(1))
+    step = StepInput(1, 1, decodes=bitmap_of([2, 5]))
+    assert sender.steps.take_in(step)
+    sender.target.fill_(-7)
+    assert sender.steps.take_in(step) and set(sender.target.tolist()) == {-7}
+    other = StepInput(1, 1, decodes=bitmap_of([2]))
+    assert sender.steps.take_in(other) and sender.target[:4].tolist() == [1, 0, 2, -1]
+
+
+def step_of_two(number):
+    """The `number`-th step of slots 2 and 5, from their first token on."""
+    blocks = [2, 1, 5, 1] if number and number % BLOCK_SIZE == 0 else []
+    return StepInput(1, 1, decodes=bitmap_of([2, 5]), new_blocks=pack(blocks))
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 2])
+def test_a_token_of_each_slot_is_fetched_and_kept_while_the_step_may_be_outstanding(device, run_ahead):
+    """`launch` without a graph: all but what the device computes."""
+    sender = Sender(device, ready(1), run_ahead)
+    outstanding = []
+    for number in range(3 * run_ahead + 4):
+        sender.source[:] = torch.arange(NUM_SLOTS) + 100 * number
+        fetched = sender.steps.launch(step_of_two(number), 0)
+        outstanding = [*outstanding, (number, fetched)][-run_ahead - 1 :]
+        for past, held in outstanding:
+            held.event.synchronize()
+            assert held.ints[:2].tolist() == [100 * past, 100 * past + 1] and held.ints[2:].tolist() == [0] * 9
+    assert sender.steps.launch(StepInput(1, 1, decodes=bitmap_of([2]), new_blocks=b"1"), 0) is None
+
+
+def test_an_emulation_refuses_graphs_before_it_changes_anything(device):
+    batch = ready(1)
+    sender = Sender(device, batch)
+    with pytest.raises(ValueError, match="no graphs"):
+        sender.steps.launch(StepInput(1, 1, decodes=bitmap_of([2])), 1)
+    assert batch.num_known.tolist() == [1] * NUM_SLOTS and set(sender.target.tolist()) == {-7}

@@ -34,7 +34,13 @@ class Event(Protocol):
 
 
 class Graph(Protocol):
-    """Work on the device that was recorded once."""
+    """Work on the device that was recorded once.
+
+    handle  its cudaGraphExec_t: to launch that is to replay it; 0 in an emulation
+    """
+
+    @property
+    def handle(self) -> int: ...
 
     def replay(self) -> None:
         """Launch it again."""
@@ -90,6 +96,18 @@ class SleepingEvent:
 
     def synchronize(self) -> None:
         self._event.synchronize()
+
+
+class CapturedGraph:
+    """A graph of torch's. Beside the launch of its handle, torch's replay sets torch's random numbers: ours draw their
+    own, so that whoever launches the handle replays it."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph  # which owns the handle
+        self.handle = graph.raw_cuda_graph_exec()
+
+    def replay(self) -> None:
+        self._graph.replay()
 
 
 class CudaDevice:
@@ -148,7 +166,7 @@ class CudaDevice:
         # NCCL has threads of its own, which may call what a capture forbids.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = launch()
-        return graph, result
+        return CapturedGraph(graph), result
 
     def time_ms(self, work: Callable[[], None]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

@@ -55,6 +55,13 @@ class DecodeGraphs:
         if not self._sizes:
             with torch.inference_mode():
                 return self._forward(num_rows)
-        graph, result = self._graphs[self._sizes[bisect.bisect_left(self._sizes, num_rows)]]
+        graph, result = self._of(num_rows)
         graph.replay()
         return result
+
+    def handle(self, num_rows: int) -> int:
+        """The cudaGraphExec_t that `run` launches for as many rows; 0 where there is none."""
+        return self._of(num_rows)[0].handle if self._sizes else 0
+
+    def _of(self, num_rows: int) -> tuple[Graph, torch.Tensor]:
+        return self._graphs[self._sizes[bisect.bisect_left(self._sizes, num_rows)]]

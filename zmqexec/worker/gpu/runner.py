@@ -6,7 +6,7 @@ Runs in: worker.
 waits. So the next step is launched while this one runs, and the device never waits for Python.
 
     decode step    one small copy to the device if its slots or blocks are not those of the last one, one graph, the
-                   sampler, one small copy back
+                   sampler, one small copy back; where all are greedy, by one call of our extension
     other steps    the same kernels launched one by one; prefills through flash attention (`deterministic`: through the
                    decodes' kernel)
     step in which a sequence wants what only the host's sampler can do (penalties, log-probabilities): waits for its
@@ -36,15 +36,15 @@ from zmqexec.worker.check_ranks import check_ranks
 from zmqexec.worker.gpu.attention import Contexts, PrefillContexts, groups_of
 from zmqexec.worker.gpu.collectives import GpuCollectives
 from zmqexec.worker.gpu.deterministic import PrefillAttention, split_tokens
-from zmqexec.worker.gpu.device import Device, Event
+from zmqexec.worker.gpu.device import Device
 from zmqexec.worker.gpu.graphs import DecodeGraphs, ladder
 from zmqexec.worker.gpu.host_sampling import HostCollectives, HostLogits
 from zmqexec.worker.gpu.memory import free_bytes_for_cache, out_of_memory
-from zmqexec.worker.gpu.model import SKINNY_ROWS, GpuLlama
-from zmqexec.worker.gpu.ops import DecodeAttention, Ops, Places
+from zmqexec.worker.gpu.model import GpuLlama
+from zmqexec.worker.gpu.ops import SKINNY_ROWS, DecodeAttention, Ops, Places
 from zmqexec.worker.gpu.pad_heads import pad_weights
 from zmqexec.worker.gpu.sampler import DeviceSampler
-from zmqexec.worker.gpu.staging import Buffer, DecodeSteps, Results, Staging
+from zmqexec.worker.gpu.staging import Buffer, DecodeSteps, Fetched, Results, Staging
 from zmqexec.worker.gpu.streaming import StreamedSource
 from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
@@ -62,7 +62,7 @@ Int32Array = npt.NDArray[np.int32]
 IntArray = npt.NDArray[np.int64]
 
 
-@dataclass
+@dataclass(slots=True)
 class Pending:
     """A step that has been launched. `result` waits for it, from any thread.
 
@@ -70,15 +70,15 @@ class Pending:
     """
 
     step: StepInput
-    event: Event
-    token_ids: Int32Array
-    sampled: Sampled | None
+    fetched: Fetched
+    num_samples: int
     health: Callable[[], str | None]
+    sampled: Sampled | None = None
     of_ranks: Int32Array | None = None
 
     def result(self) -> StepOutput:
         """What the step sampled. PeerMissing: a collective gave up on a peer. InternalError: as `check_ranks`."""
-        self.event.synchronize()
+        self.fetched.event.synchronize()
         problem = self.health()
         if problem:
             raise PeerMissing(problem)
@@ -87,7 +87,7 @@ class Pending:
         return StepOutput(
             epoch=self.step.epoch,
             step_id=self.step.step_id,
-            token_ids=self.token_ids.astype("<i4", copy=False).tobytes(),
+            token_ids=self.fetched.ints[: self.num_samples].astype("<i4", copy=False).tobytes(),
             logprobs=self.sampled.logprobs if self.sampled else [],
             prompt_logprobs=self.sampled.prompt_logprobs if self.sampled else [],
         )
@@ -97,14 +97,17 @@ class Pending:
 class Decoding:
     """Slots that decode and how they are sampled: it holds until others decode, or one of them is admitted anew.
 
-    slots      the array itself that `Batch.decode_slots` has for the step
+    bitmap     the slots, as a step names them
     on_host    a sequence wants what only the host's sampler can do
     is_greedy  all take their likeliest token
+    graph      the cudaGraphExec_t that is the whole step; 0 where there is none
     """
 
+    bitmap: bytes
     slots: IntArray
     on_host: bool
     is_greedy: bool
+    graph: int
 
 
 class GpuRunner:
@@ -200,8 +203,6 @@ class GpuRunner:
         self._step_buffer = torch.zeros(step_ints(max_rows, max_rows), dtype=torch.int32, device=where)
         self._out = torch.zeros(max_rows, dtype=torch.int32, device=where)
         self._staging = Staging(self._step_buffer, engine.run_ahead, device)
-        self._staged: bytes | None = None
-        """Bitmap of the slots that the device's step buffer names; None: it has more than that."""
         self._results = Results(self._out, engine.run_ahead, device)
         of_ranks = max_rows * self._collectives.tp_size if self._checks_ranks else 0
         self._of_ranks = itertools.cycle([Buffer(of_ranks, device) for _ in range(engine.run_ahead + 2)])
@@ -254,7 +255,9 @@ class GpuRunner:
                     torch.empty(shape, dtype=self._dtype, device=device.torch_device) for _ in range(config.num_layers)
                 ]
             self._batch = Batch(engine.max_num_seqs, self._load.max_model_len, engine.block_size, num_blocks)
-            self._decode_steps = DecodeSteps(self._batch, num_blocks, engine.block_size, device.native)
+            self._decode_steps = DecodeSteps(
+                self._batch, num_blocks, engine.block_size, self._staging, self._results, engine.run_ahead, device
+            )
             self._host_sampled = np.zeros(engine.max_num_seqs, np.bool_)
             self._decoding: Decoding | None = None
             with out_of_memory(device, "capturing CUDA graphs"):
@@ -293,30 +296,27 @@ class GpuRunner:
         if self._model is None or self._batch is None:
             raise InternalError("a step came before load and init_cache")
         try:
-            return self._submit(step)
+            pending = None
+            if not step.prefills and not step.admitted:
+                pending = self._decode(step)
+            if pending is None:
+                with torch.inference_mode():
+                    pending = self._mixed(step)
+            return pending
         except Exception as error:
             # The host's sampler may have choked on what a sum without that peer left.
             if problem := self._collectives.health():
                 raise PeerMissing(problem) from error
             raise
 
-    def _submit(self, step: StepInput) -> Pending:
-        pending = None
-        if not step.prefills and not step.admitted:
-            pending = self._decode(step)
-        if pending is None:
-            with torch.inference_mode():
-                pending = self._mixed(step)
-        return pending
-
     def _decoding_of(self, bitmap: bytes) -> Decoding:
-        """The slots of a step with how they are sampled: the last step's, where it has the very same ones."""
+        """The slots of a step with how they are sampled."""
         assert self._batch is not None
-        slots, decoding = self._batch.decode_slots(bitmap), self._decoding
-        if decoding is None or decoding.slots is not slots:
-            on_host = bool(self._host_sampled[slots].any())
-            decoding = self._decoding = Decoding(slots, on_host, self._sampler.is_greedy(slots))
-        return decoding
+        slots = self._batch.decode_slots(bitmap)
+        is_greedy = self._sampler.is_greedy(slots)
+        # Ranks are compared between a step's graph and the copy of its tokens.
+        graph = self._greedy_graphs.handle(len(slots)) if is_greedy and not self._checks_ranks else 0
+        return Decoding(bitmap, slots, bool(self._host_sampled[slots].any()), is_greedy, graph)
 
     def _updates(self, step: StepInput, new_blocks: Int32Array) -> Int32Array:
         """What the device must learn: lengths and blocks of admitted sequences, and new blocks."""
@@ -333,10 +333,17 @@ class GpuRunner:
 
     def _decode(self, step: StepInput) -> Pending | None:
         """Launch a step that only decodes; None where it is for `_mixed`."""
-        decoding = self._decoding_of(step.decodes)
-        if decoding.on_host or not self._stage(step):
+        decoding = self._decoding
+        if decoding is None or decoding.bitmap != step.decodes:
+            decoding = self._decoding = self._decoding_of(step.decodes)
+        if decoding.on_host:
             return None
         num_rows = len(decoding.slots)
+        if decoding.graph:
+            fetched = self._decode_steps.launch(step, decoding.graph)
+            return None if fetched is None else Pending(step, fetched, num_rows, self._collectives.health)
+        if not self._decode_steps.take_in(step):
+            return None
         if decoding.is_greedy:
             self._greedy_graphs.run(num_rows)
         else:
@@ -346,17 +353,6 @@ class GpuRunner:
                 sampled = self._sampler.sample(logits[:num_rows], rows.row_slots, rows.context_lens, decoding.slots)
                 self._ops.append(self._state, rows.row_slots, rows.context_lens, sampled, self._out)
         return self._pending(step, num_rows, None)
-
-    def _stage(self, step: StepInput) -> bool:
-        """Take in a step that only decodes, and send it to the device unless that has just these slots."""
-        buffer = self._staging.take()
-        count = self._decode_steps.stage(step, buffer)
-        if count < 0:
-            return False
-        if step.new_blocks or step.decodes != self._staged:
-            self._staging.send(buffer, count)
-            self._staged = None if step.new_blocks else step.decodes
-        return True
 
     def _decode_forward(self, num_rows: int) -> torch.Tensor:
         """From the staged step to logits [num_rows, vocab_rows]: what a graph of `num_rows` rows holds."""
@@ -426,7 +422,6 @@ class GpuRunner:
             decode_rows = self._rows.first(num_decodes)
             buffer = self._staging.take()
             self._staging.send(buffer, write_step(buffer.ints, len(self._rows), rows.decode_slots, NO_BLOCKS))
-            self._staged = None
             self._ops.begin_decode(self._step_buffer, len(self._rows), self._state, decode_rows)
             # The device alone knows the tokens that were sampled last.
             token_ids[rows.num_prefill_tokens :] = decode_rows.input_ids
@@ -491,8 +486,7 @@ class GpuRunner:
     def _pending(self, step: StepInput, num_samples: int, host: Sampled | None) -> Pending:
         """Begin to copy the step's tokens back."""
         of_ranks = self._gather_tokens(num_samples)
-        token_ids, event = self._results.fetch(num_samples)
-        return Pending(step, event, token_ids, host, self._collectives.health, of_ranks)
+        return Pending(step, self._results.fetch(num_samples), num_samples, self._collectives.health, host, of_ranks)
 
     def _gather_tokens(self, num_samples: int) -> Int32Array | None:
         """Begin to copy every rank's tokens to rank 0's host, where they are to be compared.
