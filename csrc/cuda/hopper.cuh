@@ -66,6 +66,12 @@ __device__ __forceinline__ void load_box(void* shared, const TensorMap& from, ui
                  : "memory");
 }
 
+// Behind a thread's own writes to shared memory that a product reads, before the barrier that makes them known.
+__device__ __forceinline__ void fence_async_proxy()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Before the first load_box, so that it need not wait for the map itself.
 __device__ __forceinline__ void prefetch_map(const TensorMap& map)
 {
@@ -74,11 +80,32 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map)
 
 // ---- Products of the 128 threads of a warp group ----
 
+// Registers of each thread from here on, a multiple of 8; all warps of the group say it. What one group of a block gives
+// back another can have: it waits for them.
+template <int N>
+__device__ __forceinline__ void give_back_registers()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ __forceinline__ void take_registers()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
 // Of a matrix of 16-bit elements with rows of 128 bytes as load_box leaves them, 1024-aligned; + 2 is 16 columns further.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* shared)
 {
     constexpr uint64_t SWIZZLE_128 = uint64_t{1} << 62, EIGHT_ROWS = uint64_t{1024 >> 4} << 32, UNUSED = uint64_t{1} << 16;
     return SWIZZLE_128 | EIGHT_ROWS | UNUSED | ((shared_address(shared) & 0x3ffff) >> 4);
+}
+
+// Of the same matrix [k, columns] for a product that reads it transposed (wgmma_registers): blocks of 64 columns, each
+// with a row of 128 bytes for every k, are block_bytes apart; + 128 is 16 rows further.
+__device__ __forceinline__ uint64_t transposed_descriptor(const void* shared, uint32_t block_bytes)
+{
+    constexpr uint64_t SWIZZLE_128 = uint64_t{1} << 62, EIGHT_ROWS = uint64_t{1024 >> 4} << 32;
+    return SWIZZLE_128 | EIGHT_ROWS | uint64_t{block_bytes >> 4} << 16 | ((shared_address(shared) & 0x3ffff) >> 4);
 }
 
 // Before the first product, and after the registers of a product were touched otherwise.
@@ -105,6 +132,13 @@ __device__ __forceinline__ void wgmma_keep(float (&d)[N])
 {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void wgmma_keep(uint32_t (&a)[N][4])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 }
 
 // d += a · bᵀ in the background, for a [64, 16] and b [N, 16] in shared memory. With warp w of the group, g = lane / 4 and
@@ -152,6 +186,48 @@ ZMQEXEC_WGMMA_BOTH(160, ZMQEXEC_R80, 80, 81, ZMQEXEC_D80)
 ZMQEXEC_WGMMA_BOTH(176, ZMQEXEC_R88, 88, 89, ZMQEXEC_D88)
 ZMQEXEC_WGMMA_BOTH(192, ZMQEXEC_R96, 96, 97, ZMQEXEC_D96)
 ZMQEXEC_WGMMA_BOTH(224, ZMQEXEC_R112, 112, 113, ZMQEXEC_D112)
+
+// d = a · bᵀ: wgmma without what d was.
+template <class T, int N>
+__device__ __forceinline__ void wgmma_set(float (&d)[N / 2], uint64_t a, uint64_t b);
+
+// d += a · b for a [64, 16] in registers and b [16, N] in shared memory, of transposed_descriptor. With g and t as above,
+// a[0..3] hold (row, columns) (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..) of the warp's 16 rows: what
+// pack2 makes of d[8j..8j + 7] of a product before is columns 16j.. of it. They stay as they are until wgmma_wait.
+template <class T, int N>
+__device__ __forceinline__ void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
+
+#define ZMQEXEC_O8(i) \
+    "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3]), "=f"(d[i + 4]), "=f"(d[i + 5]), "=f"(d[i + 6]), "=f"(d[i + 7])
+#define ZMQEXEC_O64 \
+    ZMQEXEC_O8(0), ZMQEXEC_O8(8), ZMQEXEC_O8(16), ZMQEXEC_O8(24), ZMQEXEC_O8(32), ZMQEXEC_O8(40), ZMQEXEC_O8(48), ZMQEXEC_O8(56)
+#define ZMQEXEC_WGMMA_SET(n, type, name, registers, a_index, b_index, ...)                                         \
+    template <>                                                                                                     \
+    __device__ __forceinline__ void wgmma_set<type, n>(float (&d)[n / 2], uint64_t a, uint64_t b)                   \
+    {                                                                                                               \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.u32 add, 0, 0;\n"                                                 \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name " {" registers "}, %" #a_index \
+                     ", %" #b_index ", add, 1, 1, 0, 0;\n}"                                                         \
+                     : __VA_ARGS__                                                                                  \
+                     : "l"(a), "l"(b));                                                                             \
+    }
+#define ZMQEXEC_WGMMA_REGISTERS(n, type, name, registers, operands, ...)                                             \
+    template <>                                                                                                       \
+    __device__ __forceinline__ void wgmma_registers<type, n>(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b)   \
+    {                                                                                                                 \
+        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                   \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name " {" registers "}, " operands    \
+                     ", add, 1, 1, 1;\n}"                                                                             \
+                     : __VA_ARGS__                                                                                    \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
+    }
+
+ZMQEXEC_WGMMA_SET(128, bf16, "bf16", ZMQEXEC_R64, 64, 65, ZMQEXEC_O64)
+ZMQEXEC_WGMMA_SET(128, fp16, "f16", ZMQEXEC_R64, 64, 65, ZMQEXEC_O64)
+ZMQEXEC_WGMMA_REGISTERS(64, bf16, "bf16", ZMQEXEC_R32, "{%32,%33,%34,%35}, %36", ZMQEXEC_D32)
+ZMQEXEC_WGMMA_REGISTERS(64, fp16, "f16", ZMQEXEC_R32, "{%32,%33,%34,%35}, %36", ZMQEXEC_D32)
+ZMQEXEC_WGMMA_REGISTERS(128, bf16, "bf16", ZMQEXEC_R64, "{%64,%65,%66,%67}, %68", ZMQEXEC_D64)
+ZMQEXEC_WGMMA_REGISTERS(128, fp16, "f16", ZMQEXEC_R64, "{%64,%65,%66,%67}, %68", ZMQEXEC_D64)
 
 // ---- Clusters ----
 

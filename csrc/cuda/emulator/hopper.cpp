@@ -139,6 +139,73 @@ void multiply(int columns, float* d, uint64_t a, uint64_t b, float (*widen)(uint
     });
 }
 
+// The first part of a product that does not add to what d was.
+void clear(int count, float* d)
+{
+    if (!self().registers_fenced) fail("wgmma before wgmma_fence");
+    self().uncommitted_products.push_back([=] { std::fill(d, d + count, 0.0f); });
+}
+
+constexpr uint64_t TRANSPOSED = uint64_t{1} << 63;
+
+// As hardware has it: the distance of blocks of 64 columns in bits 16 to 29.
+uint64_t transposed_descriptor(const void* shared, uint32_t block_bytes)
+{
+    if (block_bytes % 1024 != 0 || block_bytes >> 18 != 0) fail("blocks of columns %u bytes apart", block_bytes);
+    return TRANSPOSED | static_cast<uint64_t>(block_bytes >> 4) << 16 | matrix_descriptor(shared);
+}
+
+// Element (k, column) of a matrix whose rows are k.
+uint16_t transposed_element(const unsigned char* base, uint64_t descriptor, int k, int column)
+{
+    const uint64_t offset = (descriptor & 0x3fff) << 4, block_bytes = (descriptor >> 16 & 0x3fff) << 4;
+    const unsigned char* line = base + offset + static_cast<uint64_t>(column / 64) * block_bytes + 128 * k;
+    const auto address = reinterpret_cast<uintptr_t>(line + 2 * (column % 64));
+    return as<uint16_t>(reinterpret_cast<const unsigned char*>(address ^ (address >> 7 & 7) << 4));
+}
+
+struct QuadSlot {
+    const uint32_t* own;
+    const uint32_t* of[4];  // the lanes that together have two rows of a
+};
+
+void act_quad(void* const (&slots)[32], unsigned)
+{
+    for (unsigned lane = 0; lane < 32; lane++)
+        for (unsigned t = 0; t < 4; t++)
+            static_cast<QuadSlot*>(slots[lane])->of[t] = static_cast<const QuadSlot*>(slots[lane / 4 * 4 + t])->own;
+}
+
+// The registers are read when the product is computed, as late as on hardware.
+void multiply_registers(int columns, float* d, const uint32_t* a, uint64_t b, float (*widen)(uint16_t))
+{
+    if (!self().registers_fenced) fail("wgmma before wgmma_fence");
+    if ((b & TRANSPOSED) == 0 || (b & 0x3f) != 0) fail("wgmma_registers without a transposed_descriptor of whole eights of rows");
+    QuadSlot slot{a, {}};
+    collective("wgmma_registers", 0xffffffffu, &slot, act_quad);
+    const unsigned t = self().lane % 4;
+    const unsigned char* const base = window();
+    self().uncommitted_products.push_back([=] {
+        float rows[2][16];
+        for (unsigned other = 0; other < 4; other++)
+            for (unsigned word = 0; word < 4; word++) {
+                const uint32_t pair = slot.of[other][word];
+                float* const to = rows[word % 2] + word / 2 * 8 + 2 * other;
+                to[0] = widen(static_cast<uint16_t>(pair));
+                to[1] = widen(static_cast<uint16_t>(pair >> 16));
+            }
+        for (int i = 0; i < columns / 8; i++)
+            for (int e = 0; e < 2; e++) {
+                const int column = 8 * i + static_cast<int>(2 * t) + e;
+                for (int k = 0; k < 16; k++) {
+                    const float w = widen(transposed_element(base, b, k, column));
+                    d[4 * i + e] += rows[0][k] * w;
+                    d[4 * i + 2 + e] += rows[1][k] * w;
+                }
+            }
+    });
+}
+
 void commit_products()
 {
     self().products.push_back(std::move(self().uncommitted_products));

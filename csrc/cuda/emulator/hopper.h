@@ -15,6 +15,9 @@ void copy_box(void* shared, const TensorMap& from, uint64_t* barrier, int column
 uint64_t matrix_descriptor(const void* shared);
 void fence_registers();
 void multiply(int columns, float* d, uint64_t a, uint64_t b, float (*widen)(uint16_t));
+void clear(int count, float* d);
+uint64_t transposed_descriptor(const void* shared, uint32_t block_bytes);
+void multiply_registers(int columns, float* d, const uint32_t* a, uint64_t b, float (*widen)(uint16_t));
 void commit_products();
 void wait_for_products(unsigned newest_groups);
 void cluster_barrier();
@@ -37,8 +40,17 @@ inline void load_box(void* shared, const TensorMap& from, uint64_t* barrier, int
     emulator::copy_box(shared, from, barrier, column, row);
 }
 
+inline void fence_async_proxy() {}
 inline void prefetch_map(const TensorMap&) {}
 
+template <int N>
+void give_back_registers()
+{
+}
+template <int N>
+void take_registers()
+{
+}
 inline uint64_t matrix_descriptor(const void* shared) { return emulator::matrix_descriptor(shared); }
 inline void wgmma_fence() { emulator::fence_registers(); }
 inline void wgmma_commit() { emulator::commit_products(); }
@@ -57,6 +69,28 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b)
 template <int N>
 void wgmma_keep(float (&)[N])
 {
+}
+template <int N>
+void wgmma_keep(uint32_t (&)[N][4])
+{
+}
+
+template <class T, int N>
+void wgmma_set(float (&d)[N / 2], uint64_t a, uint64_t b)
+{
+    emulator::clear(N / 2, d);
+    wgmma<T, N>(d, a, b);
+}
+inline uint64_t transposed_descriptor(const void* shared, uint32_t block_bytes)
+{
+    return emulator::transposed_descriptor(shared, block_bytes);
+}
+template <class T, int N>
+void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b)
+{
+    static_assert(N % 64 == 0 && N >= 64 && N <= 256);
+    static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+    emulator::multiply_registers(N, d, a, b, std::is_same_v<T, bf16> ? emulator::from_bf16 : emulator::from_fp16);
 }
 
 inline void cluster_sync() { emulator::cluster_barrier(); }
