@@ -125,9 +125,9 @@ def watched(runner: Any, num_modes: int) -> Watch:
     watch = Watch(lambda: torch.cuda.Event(enable_timing=True), num_modes) if is_cuda else Watch(HostMark, num_modes)
     for graphs in (runner._greedy_graphs, runner._logits_graphs):
         graphs.run = watch.marked(watch.part("launch", graphs.run))
-    steps = runner._decode_steps
-    steps.launch = watch.marked(watch.part("call", steps.launch))
-    steps.take_in = watch.part("stage", steps.take_in)
+    begin = runner._decode_steps.begin
+    in_one, in_parts = watch.marked(watch.part("call", begin)), watch.part("stage", begin)
+    runner._decode_steps.begin = lambda step, graph: (in_one if graph else in_parts)(step, graph)
     runner._pending = watch.part("record", runner._pending)
     return watch
 

@@ -91,7 +91,7 @@ class Sender:
 def check(device, batch, step):
     before, expected = copy.deepcopy(batch), copy.deepcopy(batch)
     sender = Sender(device, batch)
-    is_taken = sender.steps.take_in(step)
+    is_taken = sender.steps.begin(step, 0) is not None
     ints = by_python(expected, step)
     assert is_taken == (ints is not None)
     if ints is None:
@@ -143,7 +143,7 @@ def test_bytes_that_are_no_pairs_or_too_many_are_left_to_python(device):
     for new_blocks in (b"1234567", pack([1, 2] * (NUM_SLOTS + 1))):
         batch = ready(5)
         sender = Sender(device, batch)
-        assert not sender.steps.take_in(StepInput(1, 1, decodes=bitmap_of([1]), new_blocks=new_blocks))
+        assert sender.steps.begin(StepInput(1, 1, decodes=bitmap_of([1]), new_blocks=new_blocks), 0) is None
         assert batch.num_known.tolist() == [5] * NUM_SLOTS and set(sender.target.tolist()) == {-7}
 
 
@@ -169,7 +169,7 @@ def test_the_device_knows_the_rows_of_every_step_and_each_new_block_once(device,
             return
         step = StepInput(1, 1, decodes=bitmap_of(slots), new_blocks=pack(number for pair in blocks for number in pair))
         copied_before = sender.target.clone()
-        assert sender.steps.take_in(step) == (kind == "decode")
+        assert (sender.steps.begin(step, 0) is None) == (kind == "refuse")
         if kind == "refuse":
             assert torch.equal(sender.target, copied_before) and np.array_equal(batch.num_known, known_before)
             continue
@@ -181,11 +181,11 @@ def test_the_device_knows_the_rows_of_every_step_and_each_new_block_once(device,
 def test_a_step_with_just_the_same_slots_is_not_copied_again(device):
     sender = Sender(device, ready(1))
     step = StepInput(1, 1, decodes=bitmap_of([2, 5]))
-    assert sender.steps.take_in(step)
+    assert sender.steps.begin(step, 0)
     sender.target.fill_(-7)
-    assert sender.steps.take_in(step) and set(sender.target.tolist()) == {-7}
+    assert sender.steps.begin(step, 0) and set(sender.target.tolist()) == {-7}
     other = StepInput(1, 1, decodes=bitmap_of([2]))
-    assert sender.steps.take_in(other) and sender.target[:4].tolist() == [1, 0, 2, -1]
+    assert sender.steps.begin(other, 0) and sender.target[:4].tolist() == [1, 0, 2, -1]
 
 
 def step_of_two(number):
@@ -196,22 +196,24 @@ def step_of_two(number):
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 2])
 def test_a_token_of_each_slot_is_fetched_and_kept_while_the_step_may_be_outstanding(device, run_ahead):
-    """`launch` without a graph: all but what the device computes."""
+    """All but the graph, which an emulation does not have."""
     sender = Sender(device, ready(1), run_ahead)
+    native = sender.steps._native
+    sender.steps._native = lambda *arguments: native(*arguments[:5], 0, *arguments[6:])
     outstanding = []
     for number in range(3 * run_ahead + 4):
         sender.source[:] = torch.arange(NUM_SLOTS) + 100 * number
-        fetched = sender.steps.launch(step_of_two(number), 0)
+        fetched = sender.steps.begin(step_of_two(number), 1)
         outstanding = [*outstanding, (number, fetched)][-run_ahead - 1 :]
         for past, held in outstanding:
             held.event.synchronize()
             assert held.ints[:2].tolist() == [100 * past, 100 * past + 1] and held.ints[2:].tolist() == [0] * 9
-    assert sender.steps.launch(StepInput(1, 1, decodes=bitmap_of([2]), new_blocks=b"1"), 0) is None
+    assert sender.steps.begin(StepInput(1, 1, decodes=bitmap_of([2]), new_blocks=b"1"), 1) is None
 
 
 def test_an_emulation_refuses_graphs_before_it_changes_anything(device):
     batch = ready(1)
     sender = Sender(device, batch)
     with pytest.raises(ValueError, match="no graphs"):
-        sender.steps.launch(StepInput(1, 1, decodes=bitmap_of([2])), 1)
+        sender.steps.begin(StepInput(1, 1, decodes=bitmap_of([2])), 1)
     assert batch.num_known.tolist() == [1] * NUM_SLOTS and set(sender.target.tolist()) == {-7}

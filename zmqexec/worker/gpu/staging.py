@@ -110,31 +110,28 @@ class DecodeSteps:
         self._address = self._fixed.ctypes.data
         self._staging = staging
         self._native = device.native.decode_step
-        self._owners = batch, results  # of what the addresses name
+        buffers = [
+            (Buffer(staging.target.numel(), device), Buffer(num_slots, device), device.event())
+            for _ in range(run_ahead + 2)
+        ]
+        self._owners = batch, results, buffers  # of what the addresses name
+        self._in_turn = itertools.cycle(
+            (staged.address, tokens.address, event.handle, Fetched(tokens.ints, event))
+            for staged, tokens, event in buffers
+        )
 
-        def turn() -> tuple[Buffer, int, int, Fetched]:
-            staged, tokens, event = Buffer(staging.target.numel(), device), Buffer(num_slots, device), device.event()
-            return staged, tokens.address, event.handle, Fetched(tokens.ints, event)
+    def begin(self, step: StepInput, graph: int) -> Fetched | None:
+        """Take in `step`, send it to the device unless that has just its slots, launch the cudaGraphExec_t and fetch a
+        token of each slot. With 0 for the graph the caller launches and fetches.
 
-        self._in_turn = itertools.cycle([turn() for _ in range(run_ahead + 2)])
-
-    def take_in(self, step: StepInput) -> bool:
-        """Take in `step`, and send it to the device unless that has just its slots; the caller launches it.
-
-        False where the step is for `Batch.take_in`, which takes it or says what is wrong with it.
+        None where the step is for `Batch.take_in`, which takes it or says what is wrong with it.
         """
-        staged, *_ = next(self._in_turn)
-        return self._call(step, staged.address, 0, 0, 0)
-
-    def launch(self, step: StepInput, graph: int) -> Fetched | None:
-        """`take_in`, then launch the cudaGraphExec_t and fetch a token of each slot. None where `take_in` is False."""
         staged, tokens, event, fetched = next(self._in_turn)
-        return fetched if self._call(step, staged.address, graph, tokens, event) else None
-
-    def _call(self, step: StepInput, staged: int, graph: int, tokens: int, event: int) -> bool:
+        if not graph:
+            tokens = event = 0
         decodes, new_blocks, staging = step.decodes, step.new_blocks, self._staging
         are_known = decodes == staging.decodes
         if self._native(self._address, decodes, new_blocks, are_known, staged, graph, tokens, event) < 0:
-            return False
+            return None
         staging.decodes = None if new_blocks else decodes
-        return True
+        return fetched
