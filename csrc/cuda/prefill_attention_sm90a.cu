@@ -53,16 +53,20 @@ struct Rows {
     // Scores to weights; what was summed with the former maximum is worth `factor` of it now.
     __device__ __forceinline__ void weigh(float (&s)[KEYS / 2], float scale, float (&factor)[2])
     {
+        float top[2] = {most[0], most[1]};
+#pragma unroll
+        for (int i = 0; i < KEYS / 8; i++)
+#pragma unroll
+            for (int row = 0; row < 2; row++) top[row] = max(top[row], max(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
+#pragma unroll
+        for (int lanes = 1; lanes < 4; lanes *= 2)
+#pragma unroll
+            for (int row = 0; row < 2; row++) top[row] = max(top[row], __shfl_xor_sync(0xffffffffu, top[row], lanes));
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            float top = most[row];
-#pragma unroll
-            for (int i = 0; i < KEYS / 8; i++) top = max(top, max(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
-            top = max(top, __shfl_xor_sync(0xffffffffu, top, 1));
-            top = max(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            factor[row] = exp2_approx((most[row] - top) * scale);
-            most[row] = top;
-            const float shift = top * scale;
+            factor[row] = exp2_approx((most[row] - top[row]) * scale);
+            most[row] = top[row];
+            const float shift = top[row] * scale;
             float added = 0.0f;
 #pragma unroll
             for (int i = 0; i < KEYS / 8; i++)
@@ -258,9 +262,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     rows.weigh(s, p.scale, factor);
     pack<T>(weights, s);
 
+    if (tiles > 1) barrier_wait(keys_full + 1 % STAGES, parity_of(1));
     for (int tile = 1; tile < tiles; tile++) {
         const int stage = tile % STAGES, last_stage = (tile - 1) % STAGES;
-        barrier_wait(keys_full + stage, parity_of(tile));
         if (p.takes_turns) barrier_wait(turns + group, static_cast<uint32_t>(tile - 1) & 1);
         wgmma_keep(o);
         wgmma_keep(weights);
@@ -275,6 +279,10 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (speaks) barrier_arrive(keys_empty + stage);
         hide_later_keys(tile);
         rows.weigh(s, p.scale, factor);
+        // Before the sums and not behind them: without a branch here ptxas waits for the sums ahead of the softmax, which
+        // needs none of them.
+        wgmma_keep(s);
+        if (tile + 1 < tiles) barrier_wait(keys_full + (tile + 1) % STAGES, parity_of(tile + 1));
         wgmma_wait<0>();
         wgmma_keep(o);
         wgmma_keep(weights);
