@@ -45,7 +45,7 @@ constexpr int NUM_BARRIERS = 1 + 4 * STAGES + GROUPS;
 template <int DIM>
 constexpr int SHARED_BYTES = 1024 + QUERY_BYTES<DIM> + 2 * STAGES * TILE_BYTES<DIM> + 8 * NUM_BARRIERS;
 
-// A thread's part of two rows, `row` and `row` + 8 of its warp: of scores, columns 8i + 2t + e are s[4i + e], s[4i + 2 + e].
+// A thread's part of two rows, 8 apart: of a tile's scores, columns 8i + 2t + e are s[4i + e] and s[4i + 2 + e].
 struct Rows {
     float most[2] = {-INFINITY, -INFINITY};  // of the scores so far, whole rows
     float sum[2] = {0.0f, 0.0f};             // of the weights so far, this thread's columns
@@ -279,8 +279,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (speaks) barrier_arrive(keys_empty + stage);
         hide_later_keys(tile);
         rows.weigh(s, p.scale, factor);
-        // Before the sums and not behind them: without a branch here ptxas waits for the sums ahead of the softmax, which
-        // needs none of them.
+        // The next keys are waited for here, not at the loop's beginning, for the branch: without one ptxas moves the
+        // wait for the sums ahead of the softmax, which needs none of them, and nothing runs beside it.
         wgmma_keep(s);
         if (tile + 1 < tiles) barrier_wait(keys_full + (tile + 1) % STAGES, parity_of(tile + 1));
         wgmma_wait<0>();
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     const int last_tile = tiles - 1;
     barrier_wait(values_full + last_tile % STAGES, parity_of(last_tile));
-    const int tokens = context_len - last_tile * KEYS;  // of the last tile, if not more
+    const int tokens = max(0, context_len - last_tile * KEYS);  // of the last tile, if not more
     if (tokens < KEYS) {
         unsigned char* const tile = values + last_tile % STAGES * TILE;
         for (int i = 16 * thread; i < (KEYS - tokens) * LINE_BYTES; i += 16 * CONSUMERS)
@@ -342,9 +342,11 @@ template <class T>
 const char* launch_prefill(const TensorMap& query, const TensorMap& cache, const PrefillAttention& p, int head_dim,
                            dim3 grid, Stream stream, bool pdl)
 {
-    if (head_dim == 64)
-        return launch(prefill_attention_kernel<T, 64>, grid, dim3(THREADS), SHARED_BYTES<64>, stream, pdl, query, cache, p);
-    return launch(prefill_attention_kernel<T, 128>, grid, dim3(THREADS), SHARED_BYTES<128>, stream, pdl, query, cache, p);
+    const auto start = [&](auto kernel, std::size_t bytes) {
+        return launch(kernel, grid, dim3(THREADS), bytes, stream, pdl, query, cache, p);
+    };
+    if (head_dim == 64) return start(prefill_attention_kernel<T, 64>, SHARED_BYTES<64>);
+    return start(prefill_attention_kernel<T, 128>, SHARED_BYTES<128>);
 }
 
 const char* prefill_attention(void* out, const void* query, const void* cache, const int* block_tables,
@@ -393,7 +395,8 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
     TensorMap query_map = {}, cache_map = {};
     const int64_t columns = int64_t{num_heads} * head_dim;
     if (const char* error = make_tensor_map(query_map, query, num_tokens, columns, query_stride, QUERIES)) return error;
-    if (const char* error = make_tensor_map(cache_map, cache, cache_rows, head_dim, head_dim, p.box_tokens)) return error;
+    if (const char* error = make_tensor_map(cache_map, cache, cache_rows, head_dim, head_dim, p.box_tokens))
+        return error;
     const dim3 grid(static_cast<unsigned>(divide_up(max_query, QUERIES)), static_cast<unsigned>(num_heads),
                     static_cast<unsigned>(num_chunks));
     return with_dtype(dtype, [&](auto* type) -> const char* {
