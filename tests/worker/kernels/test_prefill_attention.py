@@ -169,6 +169,13 @@ def test_contexts_around_the_edges_of_tiles(kernels_impl, context, dtype):
         Prefills([(context - 1, 1)], dtype=dtype).check(kernels_impl)
 
 
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize("takes_turns", [False, True])
+def test_a_long_context_goes_through_the_rings_many_times(kernels_impl, takes_turns, order):
+    with kernels_impl.emulated(seed=order):
+        Prefills([(900, 130)], block_size=64, seed=order).check(kernels_impl, takes_turns=takes_turns)
+
+
 def test_a_token_that_sees_one_key_gets_its_value(kernels_impl):
     batch = Prefills([(0, 3)], head_dim=64)
     number = batch.block_tables[batch.slots[0], 0]
