@@ -1,8 +1,9 @@
 // Attention of prefills over the paged cache, causal, as in FlashAttention (Dao 2023, arXiv:2307.08691) in the form for
 // Hopper (Shah et al. 2024, arXiv:2407.08608).
 //
-// A block has 128 query tokens of one head, a warp group 64 of them. One warp copies tiles of keys and values, page by
-// page, into rings of their own: scores need no values. While a group turns the scores of a tile into weights, the
+// A block takes 128 query tokens of one head at a time, a warp group 64 of them, and keeps its SM until all such items are
+// done. One warp copies tiles of keys and values, page by page, into rings of their own (scores need no values), and the
+// next item's first ones while this one's are finished. While a group turns the scores of a tile into weights, the
 // tensor cores have the next tile's scores or the other group's to compute; the groups may take turns in asking for
 // products, so that they do not both wait for them and both use the rest of the SM at the same time.
 //
@@ -29,7 +30,8 @@ struct PrefillAttention {
     const int* cu_query;      // [num_chunks + 1]
     const int* context_lens;  // [num_chunks]
     int64_t out_stride, table_stride;
-    int num_kv_heads, group, block_size;
+    int num_chunks, query_tiles;  // the latter of the longest chunk
+    int num_heads, num_kv_heads, group, block_size;
     int box_tokens;           // that one copy brings: a page's or a tile's
     float scale;              // of logits for exp2
     bool takes_turns;
@@ -41,9 +43,30 @@ template <int DIM>
 constexpr int QUERY_BYTES = QUERIES * 2 * DIM;
 template <int DIM>
 constexpr int TILE_BYTES = KEYS * 2 * DIM;
-constexpr int NUM_BARRIERS = 1 + 4 * STAGES + GROUPS;
+constexpr int NUM_BARRIERS = 2 + 4 * STAGES + GROUPS;
 template <int DIM>
 constexpr int SHARED_BYTES = 1024 + QUERY_BYTES<DIM> + 2 * STAGES * TILE_BYTES<DIM> + 8 * NUM_BARRIERS;
+
+// What a block does at a time: QUERIES tokens of one head and chunk, and the tiles of keys that they see.
+struct Item {
+    int chunk, head, chunk_begin, first_query, query_len, context_len, tiles;
+
+    // The longest contexts first, so that no long item begins when the others end; false past a chunk's end.
+    __device__ __forceinline__ bool read(const PrefillAttention& p, int number)
+    {
+        const int of_tile = p.num_heads * p.num_chunks;
+        first_query = (p.query_tiles - 1 - number / of_tile) * QUERIES;
+        chunk = number % of_tile / p.num_heads;
+        head = number % p.num_heads;
+        chunk_begin = p.cu_query[chunk];
+        query_len = p.cu_query[chunk + 1] - chunk_begin;
+        if (first_query >= query_len) return false;
+        context_len = p.context_lens[chunk];
+        const int num_keys = min(context_len, context_len - query_len + first_query + QUERIES);
+        tiles = max(1, (num_keys + KEYS - 1) / KEYS);
+        return true;
+    }
+};
 
 // A thread's part of two rows, 8 apart: of a tile's scores, columns 8i + 2t + e are s[4i + e] and s[4i + 2 + e].
 struct Rows {
@@ -121,6 +144,35 @@ __device__ __forceinline__ void exchange(uint32_t (&words)[4], int t)
     }
 }
 
+// What was summed, divided by the weights' sums, for the rows that the chunk has.
+template <class T, int DIM>
+__device__ __forceinline__ void store_rows(const PrefillAttention& p, const Item& item, const Rows& rows,
+                                           const float (&o)[DIM / 2], int row, int t)
+{
+    T* const out = static_cast<T*>(p.out) + item.head * DIM;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float sum = rows.sum[i];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const float share = 1.0f / sum;
+        const int query_token = item.first_query + row + 8 * i;
+        T* const to = out + (item.chunk_begin + query_token) * p.out_stride + 8 * t;
+#pragma unroll
+        for (int j = 0; j < DIM / 32; j++) {
+            uint32_t words[4];
+#pragma unroll
+            for (int word = 0; word < 4; word++) {
+                const int at = 4 * (4 * j + word) + 2 * i;
+                words[word] = pack2<T>(o[at] * share, o[at + 1] * share);
+            }
+            exchange(words, t);
+            if (query_token < item.query_len)
+                *reinterpret_cast<uint4*>(to + 32 * j) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+}
+
 template <class T, int DIM>
 __global__ void __launch_bounds__(THREADS, 1)
     prefill_attention_kernel(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap cache,
@@ -132,7 +184,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     unsigned char* const keys = queries + QUERY_BYTES<DIM>;
     unsigned char* const values = keys + STAGES * TILE;
     uint64_t* const query_full = reinterpret_cast<uint64_t*>(values + STAGES * TILE);
-    uint64_t* const keys_full = query_full + 1;
+    uint64_t* const query_empty = query_full + 1;
+    uint64_t* const keys_full = query_empty + 1;
     uint64_t* const keys_empty = keys_full + STAGES;
     uint64_t* const values_full = keys_empty + STAGES;
     uint64_t* const values_empty = values_full + STAGES;
@@ -143,6 +196,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         prefetch_map(query);
         prefetch_map(cache);
         barrier_init(query_full, 1);
+        barrier_init(query_empty, GROUPS);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(keys_full + i, 1);
             barrier_init(keys_empty + i, GROUPS);
@@ -156,78 +210,80 @@ __global__ void __launch_bounds__(THREADS, 1)
     pdl_launch_dependents();
     pdl_wait();
 
-    // The longest contexts first, so that no long block begins when the others end.
-    const int first_query = static_cast<int>(gridDim.x - 1 - blockIdx.x) * QUERIES;  // of the chunk
-    const int head = static_cast<int>(blockIdx.y), chunk = static_cast<int>(blockIdx.z);
-    const int chunk_begin = p.cu_query[chunk], query_len = p.cu_query[chunk + 1] - chunk_begin;
-    if (first_query >= query_len) return;
-    const int context_len = p.context_lens[chunk], prefix_len = context_len - query_len;
-    const int num_keys = min(context_len, prefix_len + first_query + QUERIES);  // that any of the rows sees
-    const int tiles = max(1, (num_keys + KEYS - 1) / KEYS);
+    const int items = p.query_tiles * p.num_heads * p.num_chunks;
+    Item item;
 
     if (warp >= CONSUMERS / 32) {
         give_back_registers<PRODUCER_REGISTERS>();
         if (warp > CONSUMERS / 32) return;
-        const int* const table = p.block_tables + p.slots[chunk] * p.table_stride;
-        const int kv_head = head / p.group, boxes = KEYS / p.box_tokens;
-        // Lane i's: the block of the tile's box i, if that has tokens of the context.
-        const auto blocks_of = [&](int tile) {
-            const int token = tile * KEYS + lane * p.box_tokens;
-            return lane < boxes && token < context_len ? table[token / p.block_size] : 0;
-        };
-        const auto load_tile = [&](unsigned char* to, uint64_t* full, int which, int tile, int blocks) {
-            const int tokens = context_len - tile * KEYS;
-            const int count = min(boxes, max(0, (tokens + p.box_tokens - 1) / p.box_tokens));
-            if (lane == 0) barrier_arrive_expect(full, static_cast<uint32_t>(count * p.box_tokens * DIM * 2));
-            for (int box = 0; box < count; box++) {
-                const int block = __shfl_sync(0xffffffffu, blocks, box), in_tile = box * p.box_tokens;
-                if (lane != 0) continue;
+        int begun = 0, before = 0;  // items so far, and their tiles
+        for (int number = static_cast<int>(blockIdx.x); number < items; number += static_cast<int>(gridDim.x)) {
+            if (!item.read(p, number)) continue;
+            const int* const table = p.block_tables + p.slots[item.chunk] * p.table_stride;
+            const int kv_head = item.head / p.group, boxes = KEYS / p.box_tokens;
+            // Lane i copies box i of a tile, if that has tokens of the context, of this block.
+            const auto block_of = [&](int tile) {
+                const int token = tile * KEYS + lane * p.box_tokens;
+                return lane < boxes && token < item.context_len ? table[token / p.block_size] : -1;
+            };
+            const auto load_tile = [&](unsigned char* to, uint64_t* full, int which, int tile, int block) {
+                const int tokens = item.context_len - tile * KEYS;
+                const int count = min(boxes, max(0, (tokens + p.box_tokens - 1) / p.box_tokens));
+                if (lane == 0) barrier_arrive_expect(full, static_cast<uint32_t>(count * p.box_tokens * DIM * 2));
+                __syncwarp();
+                if (block < 0) return;
+                const int in_tile = lane * p.box_tokens;
                 const int row = ((block * 2 + which) * p.num_kv_heads + kv_head) * p.block_size +
                                 (tile * KEYS + in_tile) % p.block_size;
                 for (int i = 0; i < COLUMN_BLOCKS; i++)
                     load_box(to + (i * KEYS + in_tile) * LINE_BYTES, cache, full, i * BOX_COLUMNS, row);
+            };
+            const auto load_keys = [&](int tile, int block) {
+                const int at = before + tile, stage = at % STAGES;
+                if (at >= STAGES) barrier_wait(keys_empty + stage, static_cast<uint32_t>(at / STAGES - 1) & 1);
+                load_tile(keys + stage * TILE, keys_full + stage, 0, tile, block);
+                __syncwarp();
+            };
+            const auto load_values = [&](int tile, int block) {
+                const int at = before + tile, stage = at % STAGES;
+                if (at >= STAGES) barrier_wait(values_empty + stage, static_cast<uint32_t>(at / STAGES - 1) & 1);
+                load_tile(values + stage * TILE, values_full + stage, 1, tile, block);
+                __syncwarp();
+            };
+            if (begun > 0) barrier_wait(query_empty, static_cast<uint32_t>(begun - 1) & 1);
+            if (lane == 0) {
+                barrier_arrive_expect(query_full, QUERY_BYTES<DIM>);
+                for (int i = 0; i < COLUMN_BLOCKS; i++)
+                    load_box(queries + i * QUERIES * LINE_BYTES, query, query_full, item.head * DIM + i * BOX_COLUMNS,
+                             item.chunk_begin + item.first_query);
             }
-        };
-        const auto load_keys = [&](int tile, int blocks) {
-            const int stage = tile % STAGES;
-            if (tile >= STAGES) barrier_wait(keys_empty + stage, static_cast<uint32_t>(tile / STAGES - 1) & 1);
-            load_tile(keys + stage * TILE, keys_full + stage, 0, tile, blocks);
-        };
-        const auto load_values = [&](int tile, int blocks) {
-            const int stage = tile % STAGES;
-            if (tile >= STAGES) barrier_wait(values_empty + stage, static_cast<uint32_t>(tile / STAGES - 1) & 1);
-            load_tile(values + stage * TILE, values_full + stage, 1, tile, blocks);
-        };
-        if (lane == 0) {
-            barrier_arrive_expect(query_full, QUERY_BYTES<DIM>);
-            for (int i = 0; i < COLUMN_BLOCKS; i++)
-                load_box(queries + i * QUERIES * LINE_BYTES, query, query_full, head * DIM + i * BOX_COLUMNS,
-                         chunk_begin + first_query);
-        }
-        int blocks = blocks_of(0);
-        load_keys(0, blocks);
-        for (int tile = 0; tile < tiles; tile++) {  // in the order in which they are needed
-            const int next_blocks = blocks_of(tile + 1);
-            if (tile + 1 < tiles) load_keys(tile + 1, next_blocks);
-            load_values(tile, blocks);
-            blocks = next_blocks;
+            __syncwarp();
+            int block = block_of(0);
+            load_keys(0, block);
+            for (int tile = 0; tile < item.tiles; tile++) {  // in the order in which they are needed
+                const int next_block = block_of(tile + 1);
+                if (tile + 1 < item.tiles) load_keys(tile + 1, next_block);
+                load_values(tile, block);
+                block = next_block;
+            }
+            begun++;
+            before += item.tiles;
         }
         return;
     }
 
     take_registers<CONSUMER_REGISTERS>();
     const int group = warp / 4, t = lane % 4;
-    const int row = group * GROUP_QUERIES + warp % 4 * 16 + lane / 4;       // of the block's, and + 8
-    const int first_position = prefix_len + first_query + group * GROUP_QUERIES;  // in the sequence, of the group
-    const int position = prefix_len + first_query + row;
-    const bool speaks = thread % 128 == 0;  // for its group
-    float s[KEYS / 2], o[DIM / 2] = {}, factor[2];
+    const int row = group * GROUP_QUERIES + warp % 4 * 16 + lane / 4;  // of the item's, and + 8
+    const bool speaks = thread % 128 == 0;                             // for its group
+    float s[KEYS / 2], o[DIM / 2], factor[2];
     uint32_t weights[KEYS / 16][4];
-    Rows rows;
+    int begun = 0, before = 0;  // items so far, and their tiles
+    uint32_t turn = 0;
 
     const auto start_scores = [&](int tile) {
         const uint64_t a = matrix_descriptor(queries + group * GROUP_QUERIES * LINE_BYTES);
-        const uint64_t b = matrix_descriptor(keys + tile % STAGES * TILE);
+        const uint64_t b = matrix_descriptor(keys + (before + tile) % STAGES * TILE);
 #pragma unroll
         for (int step = 0; step < DIM / 16; step++) {
             const int block = step * 16 / BOX_COLUMNS, of_block = step % (BOX_COLUMNS / 16);
@@ -239,102 +295,96 @@ __global__ void __launch_bounds__(THREADS, 1)
         wgmma_commit();
     };
     const auto start_sums = [&](int tile) {
-        const uint64_t b = transposed_descriptor(values + tile % STAGES * TILE, KEYS * LINE_BYTES);
+        const uint64_t b = transposed_descriptor(values + (before + tile) % STAGES * TILE, KEYS * LINE_BYTES);
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++)
             wgmma_registers<T, DIM>(o, weights[step], b + static_cast<uint64_t>(step * (16 * LINE_BYTES >> 4)));
         wgmma_commit();
     };
-    const auto hide_later_keys = [&](int tile) {
-        if (tile * KEYS + KEYS - 1 > first_position) hide(s, position - tile * KEYS - 2 * t);
-    };
-    const auto parity_of = [](int tile) { return static_cast<uint32_t>(tile / STAGES) & 1; };
+    const auto stage_of = [&](int tile) { return (before + tile) % STAGES; };
+    const auto parity_of = [&](int tile) { return static_cast<uint32_t>((before + tile) / STAGES) & 1; };
 
     if (p.takes_turns && group == GROUPS - 1 && lane == 0) barrier_arrive(turns);
-    barrier_wait(query_full, 0);
-    barrier_wait(keys_full, 0);
-    wgmma_fence();
-    start_scores(0);
-    wgmma_wait<0>();
-    wgmma_keep(s);
-    if (speaks) barrier_arrive(keys_empty);
-    hide_later_keys(0);
-    rows.weigh(s, p.scale, factor);
-    pack<T>(weights, s);
+    for (int number = static_cast<int>(blockIdx.x); number < items; number += static_cast<int>(gridDim.x)) {
+        if (!item.read(p, number)) continue;
+        const int tiles = item.tiles, first = item.context_len - item.query_len + item.first_query;
+        const int first_position = first + group * GROUP_QUERIES;  // in the sequence, of the group
+        const int position = first + row;
+        const auto hide_later_keys = [&](int tile) {
+            if (tile * KEYS + KEYS - 1 > first_position) hide(s, position - tile * KEYS - 2 * t);
+        };
+        Rows rows;
+#pragma unroll
+        for (int i = 0; i < DIM / 2; i++) o[i] = 0.0f;
 
-    if (tiles > 1) barrier_wait(keys_full + 1 % STAGES, parity_of(1));
-    for (int tile = 1; tile < tiles; tile++) {
-        const int stage = tile % STAGES, last_stage = (tile - 1) % STAGES;
-        if (p.takes_turns) barrier_wait(turns + group, static_cast<uint32_t>(tile - 1) & 1);
+        barrier_wait(query_full, static_cast<uint32_t>(begun) & 1);
+        barrier_wait(keys_full + stage_of(0), parity_of(0));
+        wgmma_fence();
+        start_scores(0);
+        wgmma_wait<0>();
+        wgmma_keep(s);
+        if (speaks) {
+            barrier_arrive(keys_empty + stage_of(0));
+            if (tiles == 1) barrier_arrive(query_empty);
+        }
+        hide_later_keys(0);
+        rows.weigh(s, p.scale, factor);
+        pack<T>(weights, s);
+
+        if (tiles > 1) barrier_wait(keys_full + stage_of(1), parity_of(1));
+        for (int tile = 1; tile < tiles; tile++) {
+            if (p.takes_turns) barrier_wait(turns + group, turn & 1);
+            turn++;
+            wgmma_keep(o);
+            wgmma_keep(weights);
+            wgmma_fence();
+            start_scores(tile);
+            barrier_wait(values_full + stage_of(tile - 1), parity_of(tile - 1));
+            wgmma_fence();
+            start_sums(tile - 1);
+            if (p.takes_turns && lane == 0) barrier_arrive(turns + (group + 1) % GROUPS);
+            wgmma_wait<1>();
+            wgmma_keep(s);
+            if (speaks) {
+                barrier_arrive(keys_empty + stage_of(tile));
+                if (tile + 1 == tiles) barrier_arrive(query_empty);
+            }
+            hide_later_keys(tile);
+            rows.weigh(s, p.scale, factor);
+            // Before the sums and not behind them: without a branch here ptxas waits for the sums ahead of the softmax,
+            // which needs none of them.
+            wgmma_keep(s);
+            if (tile + 1 < tiles) barrier_wait(keys_full + stage_of(tile + 1), parity_of(tile + 1));
+            wgmma_wait<0>();
+            wgmma_keep(o);
+            wgmma_keep(weights);
+            if (speaks) barrier_arrive(values_empty + stage_of(tile - 1));
+#pragma unroll
+            for (int i = 0; i < DIM / 2; i++) o[i] *= factor[i / 2 % 2];
+            pack<T>(weights, s);
+        }
+
+        const int last_tile = tiles - 1;
+        barrier_wait(values_full + stage_of(last_tile), parity_of(last_tile));
+        const int tokens = item.context_len - last_tile * KEYS;  // of the last tile, if not more
+        if (tokens < KEYS) {
+            unsigned char* const tile = values + stage_of(last_tile) * TILE;
+            for (int i = 16 * thread; i < (KEYS - tokens) * LINE_BYTES; i += 16 * CONSUMERS)
+                for (int block = 0; block < COLUMN_BLOCKS; block++)
+                    *reinterpret_cast<uint4*>(tile + (block * KEYS + tokens) * LINE_BYTES + i) = make_uint4(0, 0, 0, 0);
+            fence_async_proxy();
+            named_barrier(1, CONSUMERS);
+        }
         wgmma_keep(o);
         wgmma_keep(weights);
         wgmma_fence();
-        start_scores(tile);
-        barrier_wait(values_full + last_stage, parity_of(tile - 1));
-        wgmma_fence();
-        start_sums(tile - 1);
-        if (p.takes_turns && lane == 0) barrier_arrive(turns + (group + 1) % GROUPS);
-        wgmma_wait<1>();
-        wgmma_keep(s);
-        if (speaks) barrier_arrive(keys_empty + stage);
-        hide_later_keys(tile);
-        rows.weigh(s, p.scale, factor);
-        // The next keys are waited for here, not at the loop's beginning, for the branch: without one ptxas moves the
-        // wait for the sums ahead of the softmax, which needs none of them, and nothing runs beside it.
-        wgmma_keep(s);
-        if (tile + 1 < tiles) barrier_wait(keys_full + (tile + 1) % STAGES, parity_of(tile + 1));
+        start_sums(last_tile);
         wgmma_wait<0>();
         wgmma_keep(o);
-        wgmma_keep(weights);
-        if (speaks) barrier_arrive(values_empty + last_stage);
-#pragma unroll
-        for (int i = 0; i < DIM / 2; i++) o[i] *= factor[i / 2 % 2];
-        pack<T>(weights, s);
-    }
-
-    const int last_tile = tiles - 1;
-    barrier_wait(values_full + last_tile % STAGES, parity_of(last_tile));
-    const int tokens = max(0, context_len - last_tile * KEYS);  // of the last tile, if not more
-    if (tokens < KEYS) {
-        unsigned char* const tile = values + last_tile % STAGES * TILE;
-        for (int i = 16 * thread; i < (KEYS - tokens) * LINE_BYTES; i += 16 * CONSUMERS)
-            for (int block = 0; block < COLUMN_BLOCKS; block++)
-                *reinterpret_cast<uint4*>(tile + (block * KEYS + tokens) * LINE_BYTES + i) = make_uint4(0, 0, 0, 0);
-        fence_async_proxy();
-        named_barrier(1, CONSUMERS);
-    }
-    wgmma_keep(o);
-    wgmma_keep(weights);
-    wgmma_fence();
-    start_sums(last_tile);
-    wgmma_wait<0>();
-    wgmma_keep(o);
-
-    float share[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float sum = rows.sum[i];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        share[i] = 1.0f / sum;
-    }
-    T* const out = static_cast<T*>(p.out) + head * DIM;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int query_token = first_query + row + 8 * i;
-        T* const to = out + (chunk_begin + query_token) * p.out_stride + 8 * t;
-#pragma unroll
-        for (int j = 0; j < DIM / 32; j++) {
-            uint32_t words[4];
-#pragma unroll
-            for (int word = 0; word < 4; word++) {
-                const int at = 4 * (4 * j + word) + 2 * i;
-                words[word] = pack2<T>(o[at] * share[i], o[at + 1] * share[i]);
-            }
-            exchange(words, t);
-            if (query_token < query_len)
-                *reinterpret_cast<uint4*>(to + 32 * j) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
+        if (speaks) barrier_arrive(values_empty + stage_of(last_tile));
+        store_rows<T, DIM>(p, item, rows, o, row, t);
+        begun++;
+        before += tiles;
     }
 }
 
@@ -353,7 +403,8 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
                               const int* slots, const int* cu_query, const int* context_lens, int num_tokens,
                               int num_chunks, int max_query, int num_blocks, int num_heads, int num_kv_heads,
                               int head_dim, int block_size, int64_t query_stride, int64_t out_stride,
-                              int64_t table_stride, float scale, bool takes_turns, Dtype dtype, Stream stream, bool pdl)
+                              int64_t table_stride, float scale, bool takes_turns, int blocks, Dtype dtype,
+                              Stream stream, bool pdl)
 {
     check_argument(dtype != Dtype::float32, "dtype is bfloat16 or float16");
     check_argument(head_dim == 64 || head_dim == 128, "head_dim is 64 or 128");
@@ -361,10 +412,10 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
                    "block_size is 8, 16, 32, 64 or a multiple of 128");
     check_argument(num_kv_heads >= 1 && num_heads >= 1 && num_heads % num_kv_heads == 0,
                    "num_heads is a multiple of num_kv_heads");
-    check_argument(num_heads <= 65535, "num_heads is at most 65535");
-    check_argument(num_chunks >= 0 && num_chunks <= 65535, "num_chunks is 0 to 65535");
+    check_argument(num_chunks >= 0, "num_chunks is not negative");
     check_argument(num_tokens >= 0 && max_query >= 0, "num_tokens and max_query are not negative");
     check_argument(scale > 0.0f, "scale is positive");
+    check_argument(blocks >= 1, "blocks is at least 1");
     for (const void* pointer : {const_cast<const void*>(out), query, cache})
         check_argument(is_aligned_16(pointer), "addresses are 16-aligned");
     check_argument(query_stride % 8 == 0 && out_stride % 8 == 0, "strides are multiples of 8");
@@ -386,6 +437,9 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
     p.context_lens = context_lens;
     p.out_stride = out_stride;
     p.table_stride = table_stride;
+    p.num_chunks = num_chunks;
+    p.query_tiles = divide_up(max_query, QUERIES);
+    p.num_heads = num_heads;
     p.num_kv_heads = num_kv_heads;
     p.group = num_heads / num_kv_heads;
     p.block_size = block_size;
@@ -397,8 +451,9 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
     if (const char* error = make_tensor_map(query_map, query, num_tokens, columns, query_stride, QUERIES)) return error;
     if (const char* error = make_tensor_map(cache_map, cache, cache_rows, head_dim, head_dim, p.box_tokens))
         return error;
-    const dim3 grid(static_cast<unsigned>(divide_up(max_query, QUERIES)), static_cast<unsigned>(num_heads),
-                    static_cast<unsigned>(num_chunks));
+    const int64_t items = int64_t{p.query_tiles} * num_heads * num_chunks;
+    check_argument(items <= INT32_MAX / 2, "query tiles · num_heads · num_chunks is less than 2^30");
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, items)));
     return with_dtype(dtype, [&](auto* type) -> const char* {
         using T = std::remove_pointer_t<decltype(type)>;
         if constexpr (!std::is_same_v<T, float>)
@@ -409,12 +464,13 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
 BINDING(prefill_attention,
         "prefill_attention(out, query, cache, block_tables, slots, cu_query, context_lens, num_tokens, num_chunks, "
         "max_query, num_blocks, num_heads, num_kv_heads, head_dim, block_size, query_stride, out_stride, table_stride, "
-        "scale, takes_turns, dtype, stream, pdl)\n\n"
+        "scale, takes_turns, blocks, dtype, stream, pdl)\n\n"
         "Causal attention of prefills over their paged contexts, on compute capability 9.0, head_dim 64 or 128: query and\n"
         "out [num_tokens, num_heads, head_dim], tokens a stride (in elements) apart; cache [num_blocks, 2, num_kv_heads,\n"
         "block_size, head_dim], block_size 8, 16, 32, 64 or a multiple of 128. Chunk i has query tokens [cu_query[i],\n"
         "cu_query[i + 1]), at most max_query, the last of context_lens[i] tokens whose blocks are in row slots[i] of\n"
-        "block_tables (int32). takes_turns: the two halves of a block alternate in asking for products.")
+        "block_tables (int32). takes_turns: the two halves of a block alternate in asking for products. blocks: the SM\n"
+        "count.")
 
 }  // namespace
 }  // namespace zmqexec

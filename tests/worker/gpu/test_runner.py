@@ -392,8 +392,9 @@ def test_whole_prompts_beside_the_rest_of_another_are_attended_apart(truth, devi
     monkeypatch.setattr("zmqexec.worker.gpu.attention.WORTH_A_GROUP", 8)
     driver = driver_of(truth, device)
     groups = []
-    group = driver.runners[0]._group
-    monkeypatch.setattr(driver.runners[0], "_group", lambda *asked: groups.append(group(*asked)) or groups[-1])
+    prefills = driver.runners[0]._prefills
+    group = prefills._group
+    monkeypatch.setattr(prefills, "_group", lambda *asked: groups.append(group(*asked)) or groups[-1])
     prompts = {slot: truth.prompts[slot] for slot in (3, 4, 5)}
     driver.admit(5, prompts[5])
     driver.step({5: 32}, [])

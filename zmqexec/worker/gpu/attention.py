@@ -2,23 +2,31 @@
 
 Runs in: worker.
 
-Prefills use torch's variable-length flash attention over contiguous keys: of the chunk itself, or, where a prefix is
-cached, gathered from the cache's pages. Chunks are attended in groups, so that a short rest of many prompts behind one
-long prefix does not gather that prefix for all of them at a time, and many whole contexts beside it gather nothing.
-float32 is for truth, not for speed: one call of `scaled_dot_product_attention` per sequence. Those of a deterministic
-engine are in `deterministic.py`.
+On Hopper, prefills are attended where the paged cache holds their contexts (`PagedPrefills`). Elsewhere, and for heads
+and blocks that our kernel does not take, torch's variable-length flash attention has contiguous keys: of the chunk
+itself, or, where a prefix is cached, gathered from the cache's pages (`GatheredPrefills`). Those chunks are attended in
+groups, so that a short rest of many prompts behind one long prefix does not gather that prefix for all of them at a
+time, and many whole contexts beside it gather nothing. float32 is for truth, not for speed: one call of
+`scaled_dot_product_attention` per sequence. Prefills of a deterministic engine are in `deterministic.py`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from zmqexec.worker.batch import Prefill
 from zmqexec.worker.kernels import reference
+from zmqexec.worker.kernels.paged_prefill import prefill_attention
+
+ToDevice = Callable[..., list[torch.Tensor]]
+"""The arrays given to it as int32 on the device."""
 
 WORTH_A_GROUP = 1024
 """Tokens whose keys and values take longer to gather than one more call of the attention takes to start: estimated."""
@@ -32,13 +40,73 @@ class PrefillContexts(Protocol):
         """Query tokens of all of them."""
         ...
 
-    def attend(self, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> torch.Tensor:
-        """As `Contexts.attend`."""
+    @property
+    def wants_keys(self) -> bool:
+        """Whether `attend` reads rotated keys from `qkv`."""
+        ...
+
+    def attend(self, out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> None:
+        """Causal attention of the chunks, each of whose queries sees its sequence up to itself.
+
+        out    [num_tokens, num_heads, head_dim]
+        qkv    [num_tokens, num_heads + 2 · num_kv_heads, head_dim]  rotated
+        cache  [num_blocks, 2, num_kv_heads, block_size, head_dim]   holds the chunks' keys and values already
+        """
+        ...
+
+
+class Prefills(Protocol):
+    """How an engine attends prefills."""
+
+    def contexts(self, prefills: Sequence[Prefill], slot_mapping: torch.Tensor) -> Sequence[PrefillContexts]:
+        """Those of a step, in order; `slot_mapping` as in `batch.Rows`."""
         ...
 
 
 @dataclass(frozen=True)
-class Contexts:
+class PagedContexts:
+    """All prefills of a step; chunk i has query tokens [cu_query[i], cu_query[i + 1]).
+
+    max_query     tokens of the longest chunk
+    block_tables  [num_slots, max_blocks]  int32
+    slots, context_lens  [num_chunks]      int32; tokens up to the chunk's end
+    cu_query      [num_chunks + 1]         int32
+    """
+
+    num_tokens: int
+    max_query: int
+    block_tables: torch.Tensor
+    slots: torch.Tensor
+    cu_query: torch.Tensor
+    context_lens: torch.Tensor
+    wants_keys: bool = False
+
+    def attend(self, out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> None:
+        """As `PrefillContexts.attend`."""
+        chunks = (self.block_tables, self.slots, self.cu_query, self.context_lens)
+        prefill_attention(out, qkv[:, :num_heads], cache, *chunks, self.max_query, scale)
+
+
+class PagedPrefills:
+    """Attention over the cache, through the block tables that the decodes use."""
+
+    def __init__(self, block_tables: torch.Tensor, to_device: ToDevice) -> None:
+        self._block_tables = block_tables
+        self._to_device = to_device
+
+    def contexts(self, prefills: Sequence[Prefill], slot_mapping: torch.Tensor) -> list[PagedContexts]:
+        """As `Prefills.contexts`."""
+        if not prefills:
+            return []
+        lens = [prefill.stop - prefill.start for prefill in prefills]
+        starts: npt.NDArray[Any] = np.cumsum([0, *lens])
+        slots, stops = np.array([(prefill.slot, prefill.stop) for prefill in prefills]).T
+        slots32, starts32, stops32 = self._to_device(slots, starts, stops)
+        return [PagedContexts(sum(lens), max(lens), self._block_tables, slots32, starts32, stops32)]
+
+
+@dataclass(frozen=True)
+class GatheredContexts:
     """Prefills of a step that are attended together: chunk i has query tokens [cu_query[i], cu_query[i + 1]) of them.
 
     num_tokens    of all chunks
@@ -58,14 +126,13 @@ class Contexts:
     blocks: torch.Tensor | None
     offsets: torch.Tensor | None
 
-    def attend(self, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> torch.Tensor:
-        """Causal attention of the chunks, each of whose queries sees its sequence up to itself.
+    @property
+    def wants_keys(self) -> bool:
+        """As `PrefillContexts.wants_keys`."""
+        return self.blocks is None
 
-        Returns [num_tokens, num_heads, head_dim].
-
-        qkv    [num_tokens, num_heads + 2 · num_kv_heads, head_dim]  rotated
-        cache  [num_blocks, 2, num_kv_heads, block_size, head_dim]   holds the chunks' keys and values already
-        """
+    def attend(self, out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> None:
+        """As `PrefillContexts.attend`."""
         num_kv_heads = cache.shape[2]
         query = qkv[:, :num_heads]
         if self.blocks is None:
@@ -74,7 +141,7 @@ class Contexts:
             keys = cache[self.blocks, 0, :, self.offsets]
             values = cache[self.blocks, 1, :, self.offsets]
         if query.is_cuda and query.dtype != torch.float32:
-            attended: torch.Tensor = torch.ops.aten._flash_attention_forward(
+            attended = torch.ops.aten._flash_attention_forward(
                 query=query,
                 key=keys,
                 value=values,
@@ -87,15 +154,48 @@ class Contexts:
                 return_debug_mask=False,
                 scale=scale,
             )[0]
-            return attended
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+            out.copy_(attended)
+            return
         begin = context_begin = 0
         for query_len, context_len in zip(self.query_lens, self.context_lens, strict=True):
             chunk, context = slice(begin, begin + query_len), slice(context_begin, context_begin + context_len)
             kv = torch.stack([keys[context], values[context]], dim=1)
             out[chunk] = reference.prefill_attention(query[chunk], kv, scale)
             begin, context_begin = chunk.stop, context.stop
-        return out
+
+
+class GatheredPrefills:
+    """Attention over contiguous keys, of at most `most` tokens at a time; a longer context is alone."""
+
+    def __init__(self, most: int, block_size: int, to_device: ToDevice) -> None:
+        self._most = most
+        self._block_size = block_size
+        self._to_device = to_device
+
+    def contexts(self, prefills: Sequence[Prefill], slot_mapping: torch.Tensor) -> list[GatheredContexts]:
+        """As `Prefills.contexts`."""
+        groups = groups_of([(prefill.start, prefill.stop) for prefill in prefills], self._most)
+        return [self._group(prefills[group.start : group.stop], slot_mapping) for group in groups]
+
+    def _group(self, prefills: Sequence[Prefill], slot_mapping: torch.Tensor) -> GatheredContexts:
+        query_lens = [prefill.stop - prefill.start for prefill in prefills]
+        if all(prefill.start == 0 for prefill in prefills):
+            (sums,) = self._to_device(np.cumsum([0, *query_lens]))
+            return GatheredContexts(sum(query_lens), query_lens, query_lens, sums, sums, None, None)
+        context_lens = [prefill.stop for prefill in prefills]
+        cache_rows = [
+            slot_mapping[prefill.row : prefill.row + prefill.stop]
+            if prefill.context_rows is None
+            else prefill.context_rows
+            for prefill in prefills
+        ]
+        blocks, offsets = np.divmod(torch.cat(cache_rows).numpy(), self._block_size)
+        sums, context_sums, blocks32, offsets32 = self._to_device(
+            np.cumsum([0, *query_lens]), np.cumsum([0, *context_lens]), blocks, offsets
+        )
+        return GatheredContexts(
+            sum(query_lens), query_lens, context_lens, sums, context_sums, blocks32.long(), offsets32.long()
+        )
 
 
 def groups_of(chunks: Sequence[tuple[int, int]], most: int) -> list[range]:

@@ -23,6 +23,8 @@ import torch
 from torch.nn.functional import pad
 
 from zmqexec.errors import ConfigError
+from zmqexec.worker.batch import Prefill
+from zmqexec.worker.gpu.attention import ToDevice
 from zmqexec.worker.gpu.device import Device
 from zmqexec.worker.gpu.ops import attend_padded, attention_workspace
 from zmqexec.worker.kernels.decode_state import SlotState
@@ -46,7 +48,6 @@ MOST_ROWS = 1024
 """Of one launch of a prefill's attention: its partial results, and what a plan takes."""
 
 Int32Array = npt.NDArray[np.int32]
-ToDevice = Callable[..., list[torch.Tensor]]
 
 
 def by_fixed_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -107,21 +108,20 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class FixedContexts:
-    """The prefills of a step, for a deterministic engine; `Contexts` is what others have."""
+    """The prefills of a step, for a deterministic engine."""
 
-    attention: PrefillAttention
+    attention: FixedPrefills
     num_tokens: int
     groups: list[RowGroup]
+    wants_keys: bool = False
 
-    def attend(self, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> torch.Tensor:
-        """As `Contexts.attend`."""
-        out = torch.empty_like(qkv[:, :num_heads], memory_format=torch.contiguous_format)
+    def attend(self, out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> None:
+        """As `PrefillContexts.attend`."""
         for group in self.groups:
             self.attention.attend(out[group.tokens], qkv[group.tokens, :num_heads], cache, group, scale)
-        return out
 
 
-class PrefillAttention:
+class FixedPrefills:
     """Attention of prefills by the decodes' kernel, split where theirs are.
 
     A chunk is cut into rows of as many tokens as the kernel computes at a time. Those share what they load, but each
@@ -129,9 +129,17 @@ class PrefillAttention:
     """
 
     def __init__(
-        self, device: Device, dtype: torch.dtype, state: SlotState, num_heads: int, num_kv_heads: int, head_dim: int
+        self,
+        device: Device,
+        dtype: torch.dtype,
+        state: SlotState,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        to_device: ToDevice,
     ) -> None:
         self._state = state
+        self._to_device = to_device
         group, max_context_len = num_heads // num_kv_heads, state.token_ids.shape[1]
         self._row_tokens = 1 if dtype == torch.float32 else max(1, QUERY_ROWS // group)
         heads_at_once = min(QUERY_ROWS, group)
@@ -153,13 +161,15 @@ class PrefillAttention:
                 fixed_split_tokens=split_tokens(max_context_len),
             )
 
-    def contexts(self, chunks: Sequence[tuple[int, int, int]], to_device: ToDevice) -> FixedContexts:
-        """`chunks` are (slot, start, stop): tokens [start, stop) of a slot. The step begins with them, in order."""
+    def contexts(self, prefills: Sequence[Prefill], slot_mapping: torch.Tensor) -> list[FixedContexts]:
+        """As `Prefills.contexts`."""
+        if not prefills:
+            return []
         rows = np.array(
             [
-                (slot, min(begin + self._row_tokens, stop), min(self._row_tokens, stop - begin))
-                for slot, start, stop in chunks
-                for begin in range(start, stop, self._row_tokens)
+                (prefill.slot, min(begin + self._row_tokens, prefill.stop), min(self._row_tokens, prefill.stop - begin))
+                for prefill in prefills
+                for begin in range(prefill.start, prefill.stop, self._row_tokens)
             ],
             np.int32,
         )
@@ -169,9 +179,9 @@ class PrefillAttention:
             slots, lens, counts = rows[first : first + self._rows_at_once].T
             starts: npt.NDArray[Any] = np.cumsum([0, *counts])
             tokens = slice(num_tokens, num_tokens + int(starts[-1]))
-            groups.append(RowGroup(tokens, *to_device(slots, lens, starts)))
+            groups.append(RowGroup(tokens, *self._to_device(slots, lens, starts)))
             num_tokens = tokens.stop
-        return FixedContexts(self, num_tokens, groups)
+        return [FixedContexts(self, num_tokens, groups)]
 
     def attend(
         self, out: torch.Tensor, query: torch.Tensor, cache: torch.Tensor, group: RowGroup, scale: float

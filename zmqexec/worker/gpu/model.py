@@ -181,18 +181,16 @@ class GpuLlama:
     ) -> torch.Tensor:
         num_heads = self._num_heads
         qkv = self._linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
-        self._ops.rope_write_kv_(qkv, num_heads, cache, places, keep_keys=len(contexts) > 0)
-        parts = []
+        keep_keys = any(group.wants_keys for group in contexts)
+        self._ops.rope_write_kv_(qkv, num_heads, cache, places, keep_keys=keep_keys)
+        attended = qkv.new_empty((len(normed), num_heads, self._head_dim))
         begin = 0
         for group in contexts:
             end = begin + group.num_tokens
-            parts.append(group.attend(qkv[begin:end], num_heads, cache, self._scale))
+            group.attend(attended[begin:end], qkv[begin:end], num_heads, cache, self._scale)
             begin = end
         if begin < len(normed):
-            query = qkv[begin:, :num_heads]
-            parts.append(torch.empty_like(query, memory_format=torch.contiguous_format))
-            self._decode_attention.attend(parts[-1], query, cache, self._scale)
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+            self._decode_attention.attend(attended[begin:], qkv[begin:, :num_heads], cache, self._scale)
         return attended.view(len(normed), -1)
 
     def _forward_streamed(self, hidden: torch.Tensor, places: Places, cache: list[torch.Tensor]) -> torch.Tensor:

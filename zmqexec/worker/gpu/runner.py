@@ -19,7 +19,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +34,9 @@ from zmqexec.model_config import Sharding, check_tensor_parallel, load_model_con
 from zmqexec.protocol import LoadModel, StepInput, StepOutput
 from zmqexec.worker.batch import NO_BLOCKS, Batch, Prefill, Rows
 from zmqexec.worker.check_ranks import check_ranks
-from zmqexec.worker.gpu.attention import Contexts, PrefillContexts, groups_of
+from zmqexec.worker.gpu.attention import GatheredPrefills, PagedPrefills, Prefills
 from zmqexec.worker.gpu.collectives import GpuCollectives
-from zmqexec.worker.gpu.deterministic import PrefillAttention, split_tokens
+from zmqexec.worker.gpu.deterministic import FixedPrefills, split_tokens
 from zmqexec.worker.gpu.device import Device
 from zmqexec.worker.gpu.graphs import DecodeGraphs, ladder
 from zmqexec.worker.gpu.host_sampling import HostCollectives, HostLogits
@@ -49,6 +49,7 @@ from zmqexec.worker.gpu.staging import Buffer, DecodeSteps, Fetched, Results, St
 from zmqexec.worker.gpu.streaming import StreamedSource
 from zmqexec.worker.gpu.tune import tune
 from zmqexec.worker.kernels.decode_state import DecodeRows, SlotState, step_ints, write_step
+from zmqexec.worker.kernels.paged_prefill import supported as attends_pages
 from zmqexec.worker.logprobs import POSITIONS_AT_ONCE
 from zmqexec.worker.models.weights import LlamaWeights, RandomSource, TensorSource, load_weights, slices_of
 from zmqexec.worker.outputs import PeerMissing
@@ -210,36 +211,35 @@ class GpuRunner:
         heads = (len(sharding.heads), len(sharding.kv_heads), self._head_dim)
         splits = split_tokens(self._state.token_ids.shape[1]) if self._deterministic else 0
         self._decode_attention = DecodeAttention(device, self._dtype, self._state, *heads, splits)
-        self._prefill_attention: PrefillAttention | None = None
+        self._prefills: Prefills = GatheredPrefills(
+            max(self._load.max_model_len, engine.step_tokens), engine.block_size, self._to_device
+        )
         if self._deterministic:
-            self._prefill_attention = PrefillAttention(device, self._dtype, self._state, *heads)
+            self._prefills = FixedPrefills(device, self._dtype, self._state, *heads, self._to_device)
+        elif attends_pages(self._head_dim, engine.block_size, self._dtype, where):
+            self._prefills = PagedPrefills(self._state.block_tables, self._to_device)
         self._sampler = DeviceSampler(
             self._config.vocab_size, sharding.vocab.start, self._collectives, self._ops, max_rows, device
         )
 
     def _measure(self) -> None:
-        """The step that needs the most memory: all the tokens a step may have, the most cached ones that are gathered
-        at a time, and a sample of every slot or a prompt's log-probabilities."""
+        """The step that needs the most memory: all the tokens a step may have, of sequences whose first one is cached,
+        and a sample of every slot or a prompt's log-probabilities."""
         assert self._model is not None
-        engine, device = self._load.config, self._device.torch_device
-        num_tokens = engine.step_tokens
-        lens = [
-            min(self._load.max_model_len, num_tokens - begin)
-            for begin in range(0, num_tokens, self._load.max_model_len)
-        ]
+        engine, device, longest = self._load.config, self._device.torch_device, self._load.max_model_len
+        prefills, num_tokens = [], 0
+        while num_tokens < engine.step_tokens:
+            count = min(longest, engine.step_tokens - num_tokens)
+            stop = longest if num_tokens == 0 else count
+            start = max(stop - count, min(1, stop - 1))
+            prefills.append(Prefill(0, start, stop, num_tokens, torch.zeros(stop, dtype=torch.int64)))
+            num_tokens += stop - start
         zeros = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         places = Places(torch.full_like(zeros, -1), zeros, self._model.cos, self._model.sin)
-        context_lens = lens if len(lens) > 1 else [self._load.max_model_len]
-        sums, context_sums = (
-            torch.tensor([0, *np.cumsum(each)], dtype=torch.int32, device=device) for each in (lens, context_lens)
-        )
-        blocks = torch.zeros(sum(context_lens), dtype=torch.int64, device=device)
         shape = (1, 2, len(self._sharding.kv_heads), engine.block_size, self._head_dim)
         cache = [torch.empty(shape, dtype=self._dtype, device=device)] * self._config.num_layers
-        contexts: PrefillContexts = Contexts(num_tokens, lens, context_lens, sums, context_sums, blocks, blocks)
-        if self._prefill_attention is not None:
-            contexts = self._prefill_attention.contexts([(0, 0, each) for each in lens], self._to_device)
-        hidden = self._model.forward(zeros, places, cache, [contexts])
+        contexts = self._prefills.contexts(prefills, torch.zeros(num_tokens, dtype=torch.int64))
+        hidden = self._model.forward(zeros, places, cache, contexts)
         self._sampler.whole(self._model.logits(hidden[: max(engine.max_num_seqs, POSITIONS_AT_ONCE)]))
 
     def init_cache(self, num_blocks: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -428,36 +428,8 @@ class GpuRunner:
         if own_angles is not None:
             numbers = torch.arange(len(token_ids), dtype=torch.int32, device=token_ids.device)
             places = Places(slot_mapping, numbers, *own_angles)
-        return self._model.forward(token_ids, places, self._cache, self._contexts(rows))
-
-    def _contexts(self, rows: Rows) -> Sequence[PrefillContexts]:
-        """The step's prefills, in order, in groups of bounded memory."""
-        if self._prefill_attention is not None:
-            chunks = [(prefill.slot, prefill.start, prefill.stop) for prefill in rows.prefills]
-            return [self._prefill_attention.contexts(chunks, self._to_device)]
-        most = max(self._load.max_model_len, self._load.config.step_tokens)
-        groups = groups_of([(prefill.start, prefill.stop) for prefill in rows.prefills], most)
-        return [self._group(rows, rows.prefills[group.start : group.stop]) for group in groups]
-
-    def _group(self, rows: Rows, prefills: list[Prefill]) -> Contexts:
-        query_lens = [prefill.stop - prefill.start for prefill in prefills]
-        if all(prefill.start == 0 for prefill in prefills):
-            (sums,) = self._to_device(np.cumsum([0, *query_lens]))
-            return Contexts(sum(query_lens), query_lens, query_lens, sums, sums, None, None)
-        context_lens = [prefill.stop for prefill in prefills]
-        cache_rows = [
-            rows.slot_mapping[prefill.row : prefill.row + prefill.stop]
-            if prefill.context_rows is None
-            else prefill.context_rows
-            for prefill in prefills
-        ]
-        blocks, offsets = np.divmod(torch.cat(cache_rows).numpy(), self._state.block_size)
-        sums, context_sums, blocks32, offsets32 = self._to_device(
-            np.cumsum([0, *query_lens]), np.cumsum([0, *context_lens]), blocks, offsets
-        )
-        return Contexts(
-            sum(query_lens), query_lens, context_lens, sums, context_sums, blocks32.long(), offsets32.long()
-        )
+        contexts = self._prefills.contexts(rows.prefills, rows.slot_mapping)
+        return self._model.forward(token_ids, places, self._cache, contexts)
 
     def _update(self, updates: Int32Array) -> None:
         """Apply (slot, index, value) of any number. Of several for one place, the last."""

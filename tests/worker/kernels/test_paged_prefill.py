@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from zmqexec.errors import InternalError
 from zmqexec.worker.kernels import native
-from zmqexec.worker.kernels.prefill_attention import prefill_attention, supported
+from zmqexec.worker.kernels.paged_prefill import prefill_attention, supported
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the largest expected value: softmax weights and the result are rounded to the dtype."""
@@ -85,7 +85,9 @@ class Prefills:
             out[begin:end] = torch.einsum("hqk,khd->qhd", weights, kv[:, 1])
         return out
 
-    def run(self, kernels_impl, *, padding: int = 0, more_tiles: int = 0, takes_turns: bool = True) -> torch.Tensor:
+    def run(
+        self, kernels_impl, *, padding: int = 0, more_tiles: int = 0, takes_turns: bool = True, blocks: int = 0
+    ) -> torch.Tensor:
         """The rows of all tokens; what lies between them must be untouched."""
         to = functools.partial(torch.Tensor.to, device=kernels_impl.device)
         width = self.query.shape[1] * self.head_dim
@@ -105,6 +107,7 @@ class Prefills:
             max(query_len for _, query_len in self.chunks) + 128 * more_tiles,
             self.scale,
             takes_turns=takes_turns,
+            blocks=blocks,
             pdl=kernels_impl.pdl,
         )
         result = out.cpu().clone()
@@ -148,11 +151,12 @@ def prefills(draw):
     padding=st.sampled_from([0, 8, 72]),
     more_tiles=st.sampled_from([0, 1]),
     takes_turns=st.booleans(),
+    blocks=st.sampled_from([0, 1, 2, 5]),
     order=st.sampled_from([0, 1, 2]),
 )
-def test_any_chunks(kernels_impl, batch, padding, more_tiles, takes_turns, order):
+def test_any_chunks(kernels_impl, batch, padding, more_tiles, takes_turns, blocks, order):
     with kernels_impl.emulated(seed=order, resident_blocks=order + 1):
-        batch.check(kernels_impl, padding=padding, more_tiles=more_tiles, takes_turns=takes_turns)
+        batch.check(kernels_impl, padding=padding, more_tiles=more_tiles, takes_turns=takes_turns, blocks=blocks)
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128, 256])
@@ -173,7 +177,8 @@ def test_contexts_around_the_edges_of_tiles(kernels_impl, context, dtype):
 @pytest.mark.parametrize("takes_turns", [False, True])
 def test_a_long_context_goes_through_the_rings_many_times(kernels_impl, takes_turns, order):
     with kernels_impl.emulated(seed=order):
-        Prefills([(900, 130)], block_size=64, seed=order).check(kernels_impl, takes_turns=takes_turns)
+        batch = Prefills([(900, 130), (0, 20)], block_size=64, seed=order)
+        batch.check(kernels_impl, takes_turns=takes_turns, blocks=1)
 
 
 def test_a_token_that_sees_one_key_gets_its_value(kernels_impl):
@@ -205,9 +210,9 @@ def test_no_chunk_of_tokens_writes_nothing(kernels_impl):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (dict(head_dim=80), "[4, 1, 80]"),
-        (dict(block_size=48), "[4, 2, 1, 48, 128]"),
-        (dict(dtype=torch.float32), "torch.float32"),
+        ({"head_dim": 80}, "[4, 1, 80]"),
+        ({"block_size": 48}, "[4, 2, 1, 48, 128]"),
+        ({"dtype": torch.float32}, "torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(kernels_impl, change, named):

@@ -7,7 +7,7 @@ arXiv:2309.06180). Scores, softmax and sums are float32; the weights are rounded
 multiplied with the values, the result once. Tolerance against float32, of the largest expected value: 1e-2 for
 bfloat16, 2e-3 for float16.
 
-A token's result has the same bits whatever other chunks are attended with its own, and whatever blocks hold its context.
+A token's result has the same bits whatever chunks are attended beside its own, and whatever blocks hold its context.
 """
 
 from __future__ import annotations
@@ -45,23 +45,25 @@ def prefill_attention(
     scale: float,
     *,
     takes_turns: bool = True,
+    blocks: int = 0,
     pdl: bool = True,
 ) -> None:
     """Causal attention of chunks of tokens, each of which sees its sequence up to itself.
 
     out           [num_tokens, num_heads, head_dim]  as query; only the chunks' tokens are written
     query         [num_tokens, num_heads, head_dim]  bf16 or fp16, rotated
-    cache         [num_blocks, 2, num_kv_heads, block_size, head_dim]  as query: keys, then values, those of the chunks too
+    cache         [num_blocks, 2, num_kv_heads, block_size, head_dim]  as query: keys, then values; the chunks' too
     block_tables  [num_slots, max_blocks]  int32, block numbers; entries past the context are unread
     slots         [num_chunks]      int32, the row of block_tables of each chunk
     cu_query      [num_chunks + 1]  int32, chunk i has query tokens [cu_query[i], cu_query[i + 1])
     context_lens  [num_chunks]      int32, tokens of the chunk's sequence up to the chunk's end
     max_query     at least the tokens of the longest chunk
     takes_turns   the halves of a thread block alternate in asking for matrix products
+    blocks        thread blocks at most; 0: one per SM
     pdl           may start while its predecessor on the stream ends
 
-    A token's heads are contiguous, tokens of out and query may be apart; every address is 16-aligned. `scale` multiplies
-    the logits; query head h reads KV head h // (num_heads // num_kv_heads).
+    A token's heads are contiguous, tokens of out and query may be apart; every address is 16-aligned. `scale`
+    multiplies the logits; query head h reads KV head h // (num_heads // num_kv_heads).
     """
     num_tokens, num_heads, head_dim = query.shape
     num_blocks, _, num_kv_heads, block_size, _ = cache.shape
@@ -101,6 +103,7 @@ def prefill_attention(
         block_tables.stride(0),
         scale,
         takes_turns,
+        blocks or native.num_sms(query.device),
         module.BFLOAT16 if query.dtype == torch.bfloat16 else module.FLOAT16,
         native.stream_of(query.device),
         pdl,
