@@ -20,6 +20,8 @@ KERNELS = [
     "gather_embedding",
     "argmax",
     "silu_mul",
+    "tiled_gemm",
+    "paged_prefill",
 ]
 
 
