@@ -45,7 +45,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     load_format             dummy: random weights at the geometry of config.json, for benchmarks
     max_model_len           longest prompt plus output, in tokens; default: what the checkpoint declares
     max_num_seqs            sequences that run at the same time
-    max_num_batched_tokens  tokens one step may compute: bounds the time of a step; default: 2048, on GPUs 8192
+    max_num_batched_tokens  tokens one step may compute: bounds the time of a step; default: 2048, on GPUs 8192 and one
+                            for each of max_num_seqs
     block_size              tokens per block of the KV cache
     kv_cache_memory_bytes   memory for the KV cache of one worker; default: by the memory that is free
     gpu_memory_utilization  share of a GPU's memory that may be in use, other programs' included

@@ -3,8 +3,8 @@
 Runs in: worker. `models/llama.py` is the same model in plain torch, and the truth for this one.
 
 A step that only decodes streams each weight once through our own products, with what follows the product fused into
-it: seven kernels a layer up to `SKINNY_ROWS` rows, eight up to `TILED_ROWS`. Larger ones use cuBLAS, and prefills
-torch's flash attention. A deterministic engine computes all steps as `deterministic.py` says.
+it: seven kernels a layer up to `SKINNY_ROWS` rows, and eight up to `TILED_ROWS`, on Hopper. Other steps use cuBLAS. A
+deterministic engine computes all steps as `deterministic.py` says.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ waits. So the next step is launched while this one runs, and the device never wa
 
     decode step    one small copy to the device if its slots or blocks are not those of the last one, one graph, the
                    sampler, one small copy back; where all are greedy, by one call of our extension
-    other steps    the same kernels launched one by one; prefills through flash attention (`deterministic`: through the
-                   decodes' kernel)
+    other steps    kernels launched one by one; prefills as `attention.py` says, or `deterministic.py`
     step in which a sequence wants what only the host's sampler can do (penalties, log-probabilities): waits for its
                    logits and samples on the host, exactly as on the CPU
 """
