@@ -104,7 +104,9 @@ class BuildExt(build_ext):
         assert nvcc is not None
         # A change of the compiler or its flags is another folder.
         command = [nvcc, *cuda_flags(), *(f"-I{folder}" for folder in ext.include_dirs)]
-        key = hashlib.sha256("\0".join([*command, *targets(""), *self.include_dirs]).encode()).hexdigest()[:12]
+        key = hashlib.sha256(
+            "\0".join([*command, *targets(""), *targets(HOPPER_ONLY), *self.include_dirs]).encode()
+        ).hexdigest()[:12]
         objects = Path(self.build_temp) / f"cuda-{key}"
         objects.mkdir(parents=True, exist_ok=True)
         newest_header = max(Path(name).stat().st_mtime for name in CUDA_HEADERS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from gpu_kernels.skinny_gemm import Row, graph_us, guarded
 
-from zmqexec.worker.kernels.paged_prefill import prefill_attention
+from zmqexec.worker.kernels.paged_prefill import items_of, prefill_attention
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 AT_ONCE = 4  # launches of a graph
@@ -54,6 +54,8 @@ class Case:
             self.starts.append(self.starts[-1] + count)
         self.cu_query = torch.tensor(self.starts, dtype=torch.int32, device=device)
         self.context_lens = torch.tensor(contexts, dtype=torch.int32, device=device)
+        items = items_of([count for _, count in chunks], contexts)
+        self.items = torch.from_numpy(items).to(device)
         self.longest = max(count for _, count in chunks)
         self.qkv = (random(self.starts[-1], heads + 2 * kv_heads, head_dim) * sharpness).to(dtype)
         self.scale = head_dim**-0.5
@@ -71,8 +73,8 @@ class Case:
             self.kv.append(kv)
 
     def run(self, out: torch.Tensor) -> None:
-        chunks = (self.tables, self.slots, self.cu_query, self.context_lens)
-        prefill_attention(out, self.qkv[:, : self.heads], self.cache, *chunks, self.longest, self.scale)
+        chunks = (self.tables, self.slots, self.cu_query, self.context_lens, self.items)
+        prefill_attention(out, self.qkv[:, : self.heads], self.cache, *chunks, self.scale)
 
     def run_flash(self) -> None:
         """Of whole contexts."""
@@ -179,6 +181,7 @@ def measure(device: torch.device) -> list[Row]:
         ([(0, 2048)] * 4, 32, 32),
         ([(0, 8192)], 32, 32),
         ([(4096, 512)], 32, 8),
+        ([(0, 4096), *[(0, 128)] * 32], 32, 32),
     ]
     for chunks, heads, kv_heads in cases:
         row = {"measure": "prefill", "chunks": f"{len(chunks)} x {chunks[0]}", "heads": heads, "kv_heads": kv_heads}

@@ -243,7 +243,7 @@ class Chain:
         self.cache = random(m, 2, self.num_heads, 16, HEAD_DIM)
         self.slots = torch.arange(m, dtype=torch.int32, device=device) * 16
         self.positions = torch.arange(m, dtype=torch.int32, device=device)
-        angles = torch.randn(64, HEAD_DIM // 2, generator=generator, device=device)
+        angles = torch.randn(max(64, m), HEAD_DIM // 2, generator=generator, device=device)
         self.cos, self.sin = angles.cos(), angles.sin()
         self.mm_out = {name: random(m, n) for name, (n, _) in shapes.items()}
 

@@ -12,7 +12,7 @@
 // nothing in call n + 1 before its own call n had ended, with all that it read and cleared. Sizes, grids and graphs of
 // the calls do not enter into this, nor whether a graph has an odd number of calls: only that every call of every rank
 // waits for at least one word of each peer (so no call is empty), and that all ranks make the same calls in one order.
-// With programmatic dependent launch it holds as well, since a block touches nothing before pdl_wait().
+// With programmatic dependent launch it holds as well, since a block touches nothing but weights before pdl_wait().
 //
 // HOW A RANK KNOWS THAT A MESSAGE IS THERE, in two ways. Each has its own part of the inbox.
 //

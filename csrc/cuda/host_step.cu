@@ -153,7 +153,7 @@ BINDING(decode_step,
         "decodes     bytes: bitmap of slots, least significant bit first\n"
         "new_blocks  bytes: int32 pairs (slot, block), appended to block_tables\n"
         "rows_known  whether `step` has the rows of these decodes already: then it is not copied without new blocks\n"
-        "staged      as step; written where it must be copied. In pinned memory, as `tokens`, or the call waits\n"
+        "staged      as step, overwritten whatever becomes of it. In pinned memory, as `tokens`, or the call waits\n"
         "graph       a cudaGraphExec_t, or 0: the caller launches the step. An emulation has none\n"
         "tokens      [num_slots]  int32, out: one for each decode; 0: they are not copied\n"
         "event       a cudaEvent_t, or 0\n\n"

@@ -3,7 +3,7 @@
 //
 // A block takes 128 query tokens of one head at a time, a warp group 64 of them, and keeps its SM until all such items are
 // done. One warp copies tiles of keys and values, page by page, into rings of their own (scores need no values), and the
-// next item's first ones while this one's are finished. While a group turns the scores of a tile into weights, the
+// next item's first ones while this one's are finished. The blocks are dealt the items to and fro, the longest first. While a group turns the scores of a tile into weights, the
 // tensor cores have the next tile's scores or the other group's to compute; the groups may take turns in asking for
 // products, so that they do not both wait for them and both use the rest of the SM at the same time.
 //
@@ -29,9 +29,9 @@ struct PrefillAttention {
     const int* slots;         // [num_chunks]
     const int* cu_query;      // [num_chunks + 1]
     const int* context_lens;  // [num_chunks]
+    const int* items;         // [num_items, 2], chunk and first query token of each, those with the most keys first
     int64_t out_stride, table_stride;
-    int num_chunks, query_tiles;  // the latter of the longest chunk
-    int num_heads, num_kv_heads, group, block_size;
+    int num_items, num_heads, num_kv_heads, group, block_size;
     int box_tokens;           // that one copy brings: a page's or a tile's
     float scale;              // of logits for exp2
     bool takes_turns;
@@ -51,12 +51,11 @@ constexpr int SHARED_BYTES = 1024 + QUERY_BYTES<DIM> + 2 * STAGES * TILE_BYTES<D
 struct Item {
     int chunk, head, chunk_begin, first_query, query_len, context_len, tiles;
 
-    // The longest contexts first, so that no long item begins when the others end; false past a chunk's end.
+    // False past a chunk's end.
     __device__ __forceinline__ bool read(const PrefillAttention& p, int number)
     {
-        const int of_tile = p.num_heads * p.num_chunks;
-        first_query = (p.query_tiles - 1 - number / of_tile) * QUERIES;
-        chunk = number % of_tile / p.num_heads;
+        chunk = p.items[2 * (number / p.num_heads)];
+        first_query = p.items[2 * (number / p.num_heads) + 1];
         head = number % p.num_heads;
         chunk_begin = p.cu_query[chunk];
         query_len = p.cu_query[chunk + 1] - chunk_begin;
@@ -67,6 +66,14 @@ struct Item {
         return true;
     }
 };
+
+// Of the numbers dealt to the blocks to and fro, the block's in round `round`: as they begin with the long ones, all blocks
+// have about the same to do.
+__device__ __forceinline__ int dealt(int round)
+{
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+}
 
 // A thread's part of two rows, 8 apart: of a tile's scores, columns 8i + 2t + e are s[4i + e] and s[4i + 2 + e].
 struct Rows {
@@ -210,15 +217,15 @@ __global__ void __launch_bounds__(THREADS, 1)
     pdl_launch_dependents();
     pdl_wait();
 
-    const int items = p.query_tiles * p.num_heads * p.num_chunks;
+    const int numbers = p.num_items * p.num_heads, rounds = (numbers + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
     Item item;
 
     if (warp >= CONSUMERS / 32) {
         give_back_registers<PRODUCER_REGISTERS>();
         if (warp > CONSUMERS / 32) return;
         int begun = 0, before = 0;  // items so far, and their tiles
-        for (int number = static_cast<int>(blockIdx.x); number < items; number += static_cast<int>(gridDim.x)) {
-            if (!item.read(p, number)) continue;
+        for (int round = 0; round < rounds; round++) {
+            if (dealt(round) >= numbers || !item.read(p, dealt(round))) continue;
             const int* const table = p.block_tables + p.slots[item.chunk] * p.table_stride;
             const int kv_head = item.head / p.group, boxes = KEYS / p.box_tokens;
             // Lane i copies box i of a tile, if that has tokens of the context, of this block.
@@ -305,8 +312,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     const auto parity_of = [&](int tile) { return static_cast<uint32_t>((before + tile) / STAGES) & 1; };
 
     if (p.takes_turns && group == GROUPS - 1 && lane == 0) barrier_arrive(turns);
-    for (int number = static_cast<int>(blockIdx.x); number < items; number += static_cast<int>(gridDim.x)) {
-        if (!item.read(p, number)) continue;
+    for (int round = 0; round < rounds; round++) {
+        if (dealt(round) >= numbers || !item.read(p, dealt(round))) continue;
         const int tiles = item.tiles, first = item.context_len - item.query_len + item.first_query;
         const int first_position = first + group * GROUP_QUERIES;  // in the sequence, of the group
         const int position = first + row;
@@ -400,8 +407,8 @@ const char* launch_prefill(const TensorMap& query, const TensorMap& cache, const
 }
 
 const char* prefill_attention(void* out, const void* query, const void* cache, const int* block_tables,
-                              const int* slots, const int* cu_query, const int* context_lens, int num_tokens,
-                              int num_chunks, int max_query, int num_blocks, int num_heads, int num_kv_heads,
+                              const int* slots, const int* cu_query, const int* context_lens, const int* items,
+                              int num_tokens, int num_items, int num_blocks, int num_heads, int num_kv_heads,
                               int head_dim, int block_size, int64_t query_stride, int64_t out_stride,
                               int64_t table_stride, float scale, bool takes_turns, int blocks, Dtype dtype,
                               Stream stream, bool pdl)
@@ -412,8 +419,7 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
                    "block_size is 8, 16, 32, 64 or a multiple of 128");
     check_argument(num_kv_heads >= 1 && num_heads >= 1 && num_heads % num_kv_heads == 0,
                    "num_heads is a multiple of num_kv_heads");
-    check_argument(num_chunks >= 0, "num_chunks is not negative");
-    check_argument(num_tokens >= 0 && max_query >= 0, "num_tokens and max_query are not negative");
+    check_argument(num_tokens >= 0 && num_items >= 0, "num_tokens and num_items are not negative");
     check_argument(scale > 0.0f, "scale is positive");
     check_argument(blocks >= 1, "blocks is at least 1");
     for (const void* pointer : {const_cast<const void*>(out), query, cache})
@@ -422,7 +428,7 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
     check_argument(query_stride >= int64_t{num_heads} * head_dim, "rows of query may not overlap");
     const int64_t cache_rows = int64_t{2} * num_blocks * num_kv_heads * block_size;
     check_argument(num_blocks >= 1 && cache_rows <= INT32_MAX, "the cache has 1 to 2^31 - 1 rows of head_dim");
-    if (num_chunks == 0 || num_tokens == 0 || max_query == 0) return nullptr;
+    if (num_tokens == 0 || num_items == 0) return nullptr;
 #ifdef __CUDACC__
     int device = 0, capability = 0;
     if (const char* error = current_capability(device, capability)) return error;
@@ -437,8 +443,8 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
     p.context_lens = context_lens;
     p.out_stride = out_stride;
     p.table_stride = table_stride;
-    p.num_chunks = num_chunks;
-    p.query_tiles = divide_up(max_query, QUERIES);
+    p.items = items;
+    p.num_items = num_items;
     p.num_heads = num_heads;
     p.num_kv_heads = num_kv_heads;
     p.group = num_heads / num_kv_heads;
@@ -451,9 +457,9 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
     if (const char* error = make_tensor_map(query_map, query, num_tokens, columns, query_stride, QUERIES)) return error;
     if (const char* error = make_tensor_map(cache_map, cache, cache_rows, head_dim, head_dim, p.box_tokens))
         return error;
-    const int64_t items = int64_t{p.query_tiles} * num_heads * num_chunks;
-    check_argument(items <= INT32_MAX / 2, "query tiles · num_heads · num_chunks is less than 2^30");
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, items)));
+    const int64_t numbers = int64_t{num_items} * num_heads;
+    check_argument(numbers <= INT32_MAX / 2, "num_items · num_heads is less than 2^30");
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, numbers)));
     return with_dtype(dtype, [&](auto* type) -> const char* {
         using T = std::remove_pointer_t<decltype(type)>;
         if constexpr (!std::is_same_v<T, float>)
@@ -462,15 +468,15 @@ const char* prefill_attention(void* out, const void* query, const void* cache, c
     });
 }
 BINDING(prefill_attention,
-        "prefill_attention(out, query, cache, block_tables, slots, cu_query, context_lens, num_tokens, num_chunks, "
-        "max_query, num_blocks, num_heads, num_kv_heads, head_dim, block_size, query_stride, out_stride, table_stride, "
-        "scale, takes_turns, blocks, dtype, stream, pdl)\n\n"
+        "prefill_attention(out, query, cache, block_tables, slots, cu_query, context_lens, items, num_tokens, num_items, "
+        "num_blocks, num_heads, num_kv_heads, head_dim, block_size, query_stride, out_stride, table_stride, scale, "
+        "takes_turns, blocks, dtype, stream, pdl)\n\n"
         "Causal attention of prefills over their paged contexts, on compute capability 9.0, head_dim 64 or 128: query and\n"
         "out [num_tokens, num_heads, head_dim], tokens a stride (in elements) apart; cache [num_blocks, 2, num_kv_heads,\n"
         "block_size, head_dim], block_size 8, 16, 32, 64 or a multiple of 128. Chunk i has query tokens [cu_query[i],\n"
-        "cu_query[i + 1]), at most max_query, the last of context_lens[i] tokens whose blocks are in row slots[i] of\n"
-        "block_tables (int32). takes_turns: the two halves of a block alternate in asking for products. blocks: the SM\n"
-        "count.")
+        "cu_query[i + 1]), the last of context_lens[i] tokens whose blocks are in row slots[i] of block_tables (int32).\n"
+        "items [num_items, 2]: every chunk's number with each 128th of its tokens, those that see the most keys first.\n"
+        "takes_turns: the two halves of a block alternate in asking for products. blocks: the SM count.")
 
 }  // namespace
 }  // namespace zmqexec

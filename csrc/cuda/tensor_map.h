@@ -36,7 +36,9 @@ inline const char* make_tensor_map(TensorMap& map, const void* base, int64_t row
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result == CUDA_SUCCESS) return nullptr;
-    return error_text("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
+    return error_text("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)) + " for a matrix of " +
+                      std::to_string(rows) + " rows of " + std::to_string(columns) + ", " + std::to_string(row_stride) +
+                      " apart, in boxes of " + std::to_string(box_rows) + " rows");
 }
 
 #else

@@ -248,6 +248,8 @@ const char* tiled_gemm(const void* weight, const void* x, void* out, int m, int 
         check_argument(is_aligned_16(pointer), "addresses are 16-aligned");
     check_argument(x_stride % 8 == 0 && out_stride % 8 == 0 && residual_stride % 8 == 0, "strides are multiples of 8");
     check_argument(x_stride >= k, "rows of x may not overlap");
+    check_argument(rows == 64 || rows == 96 || rows == 128 || rows == 160 || rows == 176 || rows == 192 || rows == 224,
+                   "rows is 64, 96, 128, 160, 176, 192 or 224");
     check_argument(splits == 1 || splits == 2 || splits == 4 || splits == 8, "splits is 1, 2, 4 or 8");
     check_argument(stages == 0 || (stages >= 2 && stages <= MAX_STAGES), "stages is 0 or 2 to 16");
     if (m == 0) return nullptr;
@@ -289,7 +291,6 @@ const char* tiled_gemm(const void* weight, const void* x, void* out, int m, int 
                 case 192: return launch_tiles<T, 192>(weight_map, x_map, p, tiles, bytes, stream, pdl);
                 case 224: return launch_tiles<T, 224>(weight_map, x_map, p, tiles, bytes, stream, pdl);
             }
-            throw BadArgument("rows is 64, 96, 128, 160, 176, 192 or 224");
         }
         return nullptr;  // float32 was refused above
     });

@@ -1,4 +1,5 @@
 // Kernels with the mistakes that the emulator must find. Not in the real build.
+#include "../hopper.cuh"
 #include "../launch.h"
 
 namespace zmqexec {
@@ -39,6 +40,24 @@ __global__ void fault_kernel(int kind, uint32_t* word, float* out)
     if (kind == 13) cp_async_16(shared + 1024, out, true);
     if (kind == 14 && lane == 0) __syncwarp(0x3u);
     if (kind == 14 && lane == 1) __ballot_sync(0x3u, 1);
+    uint64_t* const barrier = reinterpret_cast<uint64_t*>(shared);
+    if (kind == 15) barrier_wait(barrier, 0);
+    if (kind == 16 && thread == 0) {
+        barrier_init(barrier, 2);
+        barrier_arrive(barrier);
+        barrier_init(barrier, 1);
+    }
+    if (kind == 17) {
+        float d[32] = {};
+        wgmma<bf16, 64>(d, 0, 0);
+    }
+    if (kind == 18) load_cluster_16(shared, 1);
+    if (kind == 19 && thread == 0) load_box(shared, TensorMap{}, barrier, 0, 0);  // 128-aligned and no more
+    if (kind == 20 && thread == 0) {
+        barrier_init(barrier, 1);
+        barrier_arrive_expect(barrier, 16);  // which never come
+        barrier_arrive(barrier);
+    }
 }
 
 const char* emulator_fault(int kind, void* word, float* out, int shared_bytes, bool pdl)

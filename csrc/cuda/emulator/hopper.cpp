@@ -39,7 +39,13 @@ void barrier_arrive(uint64_t* address, uint32_t bytes)
     if (barrier.pending == 0) fail("more than %u arrivals in a phase of a barrier", barrier.expected);
     barrier.bytes += bytes;
     barrier.pending--;
+    const unsigned phase = barrier.phase;
     end_phase_if_complete(barrier);
+    // Whoever waited for this goes on first: what the caller does behind its arrival, it does too late.
+    if (barrier.phase != phase) {
+        make_ready(self());
+        to_scheduler();
+    }
 }
 
 std::size_t bytes_of(const TensorMap& map)
@@ -90,6 +96,8 @@ void copy_box(void* shared, const TensorMap& from, uint64_t* barrier, int column
 }
 
 // ---- Products of a warp group -------------------------------------------------------------------------------------
+
+constexpr int ROUNDS_BEFORE_PRODUCTS = 16;  // in which all other threads get their turn
 
 const unsigned char* window()
 {
@@ -225,6 +233,8 @@ void wait_for_products(unsigned newest_groups)
     if (first + 128 > fibers.size()) fail("wgmma in a warp group of %zu threads", fibers.size() - first);
     for (unsigned i = first; i < first + 128; i++)
         while (fibers[i].committed_products < count) poll();
+    // As late as may be: whoever was told too early that the operands are free takes them now.
+    for (int i = 0; i < ROUNDS_BEFORE_PRODUCTS; i++) poll();
     for (unsigned i = first; i < first + 128; i++) {
         auto& groups = fibers[i].products;
         while (!groups.empty() && fibers[i].committed_products - groups.size() < count) {

@@ -16,6 +16,8 @@ from tests.worker.step_driver import StepDriver, ThreadCollectives
 from zmqexec.config import EngineConfig
 from zmqexec.executor.inline import InlineExecutor
 from zmqexec.protocol import Admission, Sampling, StepInput, pack, unpack
+from zmqexec.worker.gpu.ops import SKINNY_ROWS
+from zmqexec.worker.kernels import native, tiled_gemm
 from zmqexec.worker.outputs import PeerMissing
 
 NUM_TOKENS = 8
@@ -52,7 +54,7 @@ LARGER = {
     "heads-of-64": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
     "heads-of-128": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128},
 }
-"""Heads of sizes that the attention kernel has, and products that `skinny_gemm` takes."""
+"""Heads of sizes that the attention kernels have, and products that `skinny_gemm` and `tiled_gemm` take."""
 
 
 EMULATED = ["gqa-tied", "linear-biases", "dynamic-ntk", "heads-of-64"]
@@ -110,8 +112,9 @@ def test_ranks_with_unequal_shards_take_the_same_kernels(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         members = ThreadCollectives.group(2)
         runners = list(pool.map(lambda member: make_gpu_runner(tmp_path, member, dtype="bfloat16"), members))
-    row = torch.zeros(1, 128, dtype=torch.bfloat16)
-    assert {runner._model._is_streamed(row) for runner in runners} == {False}
+    for num_rows in (1, 32):
+        rows = torch.zeros(num_rows, 128, dtype=torch.bfloat16)
+        assert {runner._model._is_streamed(rows) for runner in runners} == {False}
 
 
 def test_an_error_of_sampling_without_a_peer_is_the_peers(tmp_path, monkeypatch):
@@ -220,6 +223,23 @@ def test_half_precision_stays_close_to_float32(truth, device, dtype, tp_size):
     outputs = driver.generate(NUM_TOKENS)
     for slot in outputs:
         assert_equal_until_a_near_tie(truth, slot, outputs[slot], dtype)
+
+
+@pytest.mark.parametrize("dtype, tp_size", [("bfloat16", 1), ("bfloat16", 2), ("float16", 1)])
+def test_steps_of_more_rows_than_skinny_gemm_takes_stay_close_too(truth, device, dtype, tp_size, monkeypatch):
+    if not device.is_cuda and truth.name not in ("heads-of-64", "linear-biases"):
+        pytest.skip("two geometries are enough for the emulator, which is slow")
+    launched = []
+    launch = tiled_gemm._launch
+    monkeypatch.setattr(tiled_gemm, "_launch", lambda name, *rest: launched.append(name) or launch(name, *rest))
+    driver = driver_of(truth, device, tp_size, dtype=dtype, max_num_seqs=24)
+    for slot in range(SKINNY_ROWS + 2):
+        driver.admit(slot, truth.prompts[slot % len(truth.prompts)])
+    outputs = driver.generate(NUM_TOKENS)
+    for slot in outputs:
+        assert_equal_until_a_near_tie(truth, slot % len(truth.prompts), outputs[slot], dtype)
+    if native.capability(device.torch_device) == 90 and truth.name in LARGER:
+        assert {"linear", "linear_silu_mul"} <= set(launched)
 
 
 @pytest.mark.parametrize("way", ["chunks", "rebuilt", "cached prefix", "no graphs"])

@@ -34,6 +34,12 @@ def run(module, kind, *, shared_bytes=1024, pdl=False):
         (11, r"load_cg_16 of 0x[0-9a-f]+, which is not a multiple of 16"),
         (13, r"cp_async_16 of byte 1024 of the block's 1024 bytes"),
         (14, r"0 to 0 wait in __syncwarp with mask 0x3; 1 to 1 wait in __ballot_sync with mask 0x3"),
+        (15, r"barrier_wait of what is no barrier"),
+        (16, r"barrier_init of a barrier that is in use"),
+        (17, r"wgmma before wgmma_fence"),
+        (18, r"load_cluster of block 1 of 1"),
+        (19, r"load_box to an address that is not a multiple of 1024"),
+        (20, r"more than 1 arrivals in a phase of a barrier"),
     ],
 )
 def test_a_mistake_ends_the_launch_with_its_place(module, kind, text):

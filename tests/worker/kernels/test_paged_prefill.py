@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from zmqexec.errors import InternalError
 from zmqexec.worker.kernels import native
-from zmqexec.worker.kernels.paged_prefill import prefill_attention, supported
+from zmqexec.worker.kernels.paged_prefill import items_of, prefill_attention, supported
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the largest expected value: softmax weights and the result are rounded to the dtype."""
@@ -85,9 +85,7 @@ class Prefills:
             out[begin:end] = torch.einsum("hqk,khd->qhd", weights, kv[:, 1])
         return out
 
-    def run(
-        self, kernels_impl, *, padding: int = 0, more_tiles: int = 0, takes_turns: bool = True, blocks: int = 0
-    ) -> torch.Tensor:
+    def run(self, kernels_impl, *, padding: int = 0, takes_turns: bool = True, blocks: int = 0) -> torch.Tensor:
         """The rows of all tokens; what lies between them must be untouched."""
         to = functools.partial(torch.Tensor.to, device=kernels_impl.device)
         width = self.query.shape[1] * self.head_dim
@@ -104,7 +102,7 @@ class Prefills:
             to(self.slots),
             to(self.cu_query),
             to(self.context_lens),
-            max(query_len for _, query_len in self.chunks) + 128 * more_tiles,
+            to(torch.from_numpy(items_of([query_len for _, query_len in self.chunks], self.context_lens.tolist()))),
             self.scale,
             takes_turns=takes_turns,
             blocks=blocks,
@@ -149,14 +147,13 @@ def prefills(draw):
 @given(
     batch=prefills(),
     padding=st.sampled_from([0, 8, 72]),
-    more_tiles=st.sampled_from([0, 1]),
     takes_turns=st.booleans(),
     blocks=st.sampled_from([0, 1, 2, 5]),
     order=st.sampled_from([0, 1, 2]),
 )
-def test_any_chunks(kernels_impl, batch, padding, more_tiles, takes_turns, blocks, order):
+def test_any_chunks(kernels_impl, batch, padding, takes_turns, blocks, order):
     with kernels_impl.emulated(seed=order, resident_blocks=order + 1):
-        batch.check(kernels_impl, padding=padding, more_tiles=more_tiles, takes_turns=takes_turns, blocks=blocks)
+        batch.check(kernels_impl, padding=padding, takes_turns=takes_turns, blocks=blocks)
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128, 256])
@@ -228,3 +225,13 @@ def test_unaligned_addresses_are_refused(kernels_impl):
     batch.query = torch.zeros(4 * 128 + 1, dtype=torch.bfloat16)[1:].view(4, 1, 128)
     with pytest.raises(ValueError, match="addresses are 16-aligned"):
         batch.run(kernels_impl)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 700)), max_size=8))
+def test_items_are_all_of_the_tokens_the_longest_first(chunks):
+    query_lens, context_lens = [count for _, count in chunks], [prefix + count for prefix, count in chunks]
+    items = items_of(query_lens, context_lens).tolist()
+    every = {(chunk, first) for chunk, count in enumerate(query_lens) for first in range(0, count, 128)}
+    assert len(items) == len(every) and {(chunk, first) for chunk, first in items} == every
+    keys = [chunks[chunk][0] + min(first + 128, query_lens[chunk]) for chunk, first in items]
+    assert keys == sorted(keys, reverse=True)

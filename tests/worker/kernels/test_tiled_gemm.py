@@ -139,3 +139,14 @@ def test_tiles_that_were_measured_as_the_fastest_are_chosen(out_features, tile):
 def test_a_chosen_tile_is_one_that_there_is(n, num_sms):
     tile = choose_tile(n, num_sms)
     assert tile.rows in ROWS and tile.splits in SPLITS
+
+
+def test_a_tile_that_there_is_not_is_refused(kernels_impl):
+    layer = Layer(kernels_impl, 2, 32, 64, torch.bfloat16, 0)
+    for tile, text in [
+        (Tile(100), "rows is 64, 96"),
+        (Tile(64, 3), "splits is 1, 2"),
+        (Tile(64, 1, 17), "stages is 0"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            tiled_gemm.linear(layer.x, layer.weight, tile=tile)

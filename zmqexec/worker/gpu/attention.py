@@ -23,7 +23,7 @@ import torch
 
 from zmqexec.worker.batch import Prefill
 from zmqexec.worker.kernels import reference
-from zmqexec.worker.kernels.paged_prefill import prefill_attention
+from zmqexec.worker.kernels.paged_prefill import items_of, prefill_attention
 
 ToDevice = Callable[..., list[torch.Tensor]]
 """The arrays given to it as int32 on the device."""
@@ -67,24 +67,24 @@ class Prefills(Protocol):
 class PagedContexts:
     """All prefills of a step; chunk i has query tokens [cu_query[i], cu_query[i + 1]).
 
-    max_query     tokens of the longest chunk
     block_tables  [num_slots, max_blocks]  int32
     slots, context_lens  [num_chunks]      int32; tokens up to the chunk's end
     cu_query      [num_chunks + 1]         int32
+    items         [num_items, 2]           int32, as `items_of`
     """
 
     num_tokens: int
-    max_query: int
     block_tables: torch.Tensor
     slots: torch.Tensor
     cu_query: torch.Tensor
     context_lens: torch.Tensor
+    items: torch.Tensor
     wants_keys: bool = False
 
     def attend(self, out: torch.Tensor, qkv: torch.Tensor, num_heads: int, cache: torch.Tensor, scale: float) -> None:
         """As `PrefillContexts.attend`."""
-        chunks = (self.block_tables, self.slots, self.cu_query, self.context_lens)
-        prefill_attention(out, qkv[:, :num_heads], cache, *chunks, self.max_query, scale)
+        chunks = (self.block_tables, self.slots, self.cu_query, self.context_lens, self.items)
+        prefill_attention(out, qkv[:, :num_heads], cache, *chunks, scale)
 
 
 class PagedPrefills:
@@ -101,8 +101,9 @@ class PagedPrefills:
         lens = [prefill.stop - prefill.start for prefill in prefills]
         starts: npt.NDArray[Any] = np.cumsum([0, *lens])
         slots, stops = np.array([(prefill.slot, prefill.stop) for prefill in prefills]).T
-        slots32, starts32, stops32 = self._to_device(slots, starts, stops)
-        return [PagedContexts(sum(lens), max(lens), self._block_tables, slots32, starts32, stops32)]
+        items = items_of(lens, [prefill.stop for prefill in prefills])
+        slots32, starts32, stops32, items32 = self._to_device(slots, starts, stops, items.reshape(-1))
+        return [PagedContexts(sum(lens), self._block_tables, slots32, starts32, stops32, items32.view(-1, 2))]
 
 
 @dataclass(frozen=True)

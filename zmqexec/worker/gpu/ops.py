@@ -153,7 +153,7 @@ class Ops:
     """The other kernels.
 
     pdl     they may start while their predecessors end
-    tuning  of the products that stream their weights
+    tuning  of `skinny_gemm`
     """
 
     def __init__(self, device: Device) -> None:

@@ -17,7 +17,8 @@ from zmqexec.worker.gpu.ops import DecodeAttention, Ops
 
 CANDIDATES = [(stages, pdl) for pdl in (True, False) for stages in (2, 3, 4)]
 """Stages of the weights' rings: more hide more of the memory's latency, fewer leave the next kernel room beside them.
-And whether kernels start early at all. On an H100, 7B, one row: 4.8 to 5.7 ms a step."""
+And whether kernels start early at all. On an H200, 7B, µs a layer of one row without attention: 96 with 4 stages, 124
+with 3, 111 where nothing starts early; of 16 rows 111, 114 and 120."""
 
 REPLAYS = 6
 ROUNDS = 2

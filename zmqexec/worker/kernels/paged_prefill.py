@@ -12,6 +12,10 @@ A token's result has the same bits whatever chunks are attended beside its own, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from zmqexec.errors import InternalError
@@ -19,7 +23,9 @@ from zmqexec.worker.kernels import native
 
 HEAD_DIMS = (64, 128)
 TILE_TOKENS = 128
-"""Keys that the kernel takes at a time: a block holds a part of them or several times as many."""
+"""Keys that the kernel takes at a time: a block holds a part of them or several times as many. And query tokens."""
+
+Int32Array = npt.NDArray[np.int32]
 
 
 def supported(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -33,6 +39,17 @@ def supported(head_dim: int, block_size: int, dtype: torch.dtype, device: torch.
     )
 
 
+def items_of(query_lens: Sequence[int], context_lens: Sequence[int]) -> Int32Array:
+    """`items` of `prefill_attention`: [num_items, 2], chunk and first query token, those with the most keys first."""
+    items = [
+        (context_len - query_len + min(first + TILE_TOKENS, query_len), chunk, first)
+        for chunk, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True))
+        for first in range(0, query_len, TILE_TOKENS)
+    ]
+    items.sort(reverse=True)
+    return np.array([item[1:] for item in items], np.int32).reshape(-1, 2)
+
+
 def prefill_attention(
     out: torch.Tensor,
     query: torch.Tensor,
@@ -41,7 +58,7 @@ def prefill_attention(
     slots: torch.Tensor,
     cu_query: torch.Tensor,
     context_lens: torch.Tensor,
-    max_query: int,
+    items: torch.Tensor,
     scale: float,
     *,
     takes_turns: bool = True,
@@ -57,7 +74,7 @@ def prefill_attention(
     slots         [num_chunks]      int32, the row of block_tables of each chunk
     cu_query      [num_chunks + 1]  int32, chunk i has query tokens [cu_query[i], cu_query[i + 1])
     context_lens  [num_chunks]      int32, tokens of the chunk's sequence up to the chunk's end
-    max_query     at least the tokens of the longest chunk
+    items         [num_items, 2]    int32, as `items_of`
     takes_turns   the halves of a thread block alternate in asking for matrix products
     blocks        thread blocks at most; 0: one per SM
     pdl           may start while its predecessor on the stream ends
@@ -73,13 +90,14 @@ def prefill_attention(
     ok = ok and all(heads.stride()[1:] == (head_dim, 1) for heads in (out, query))
     ok = ok and slots.shape == (num_chunks,) and cu_query.shape == (num_chunks + 1,) and block_tables.stride(1) == 1
     ok = ok and all(tensor.dtype == torch.int32 for tensor in (block_tables, slots, cu_query, context_lens))
-    ok = ok and all(tensor.is_contiguous() for tensor in (slots, cu_query, context_lens))
+    ok = ok and items.shape[1:] == (2,) and items.dtype == torch.int32
+    ok = ok and all(tensor.is_contiguous() for tensor in (slots, cu_query, context_lens, items))
     if not (ok and supported(head_dim, block_size, query.dtype, query.device)):
         raise InternalError(
             f"prefill_attention: shapes, types or strides do not fit its docstring: out {list(out.shape)}, "
             f"query {list(query.shape)} {query.dtype}, cache {list(cache.shape)} {cache.dtype}, "
             f"block_tables {list(block_tables.shape)}, slots {list(slots.shape)}, cu_query {list(cu_query.shape)}, "
-            f"context_lens {list(context_lens.shape)}"
+            f"context_lens {list(context_lens.shape)}, items {list(items.shape)}"
         )
     module = native.module_of(query.device)
     module.prefill_attention(
@@ -90,9 +108,9 @@ def prefill_attention(
         slots.data_ptr(),
         cu_query.data_ptr(),
         context_lens.data_ptr(),
+        items.data_ptr(),
         num_tokens,
-        num_chunks,
-        max_query,
+        len(items),
         num_blocks,
         num_heads,
         num_kv_heads,
