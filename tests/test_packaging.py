@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    _run("-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), cwd=ROOT)
+    run("-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), cwd=ROOT)
     return next(folder.glob("*.tar.gz"))
 
 
@@ -28,11 +28,11 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(sdist)]
-    _run(*command, cwd=folder, env={"ZMQEXEC_NO_CUDA": "1"})
+    run(*command, cwd=folder, env={"ZMQEXEC_NO_CUDA": "1"})
     return next(folder.glob("*.whl"))
 
 
-def _run(*arguments: str, cwd: Path, env: dict[str, str] | None = None, ok: bool = True) -> str:
+def run(*arguments: str, cwd: Path, env: dict[str, str] | None = None, ok: bool = True) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | (env or {})
     )
@@ -66,7 +66,7 @@ def test_the_wheel_holds_the_extension_and_the_demo_model_and_runs(wheel: Path, 
         "    out = engine.generate('12+30=', SamplingParams(temperature=0))[0]\n"
         "    print(zmqexec.__file__, out.outputs[0].text)\n"
     )
-    assert _run("-P", "-c", program, cwd=tmp_path).strip() == f"{tmp_path}/zmqexec/__init__.py 42"
+    assert run("-P", "-c", program, cwd=tmp_path).strip() == f"{tmp_path}/zmqexec/__init__.py 42"
 
 
 def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
 
 
 def test_a_missing_compiler_is_one_sentence_with_the_line_to_type(tmp_path: Path) -> None:
-    said = _run("setup.py", "build_ext", "-b", str(tmp_path), cwd=ROOT, env={"CC": "no-such-cc"}, ok=False)
+    said = run("setup.py", "build_ext", "-b", str(tmp_path), cwd=ROOT, env={"CC": "no-such-cc"}, ok=False)
     assert said.strip().splitlines()[-1] == (
         "zmqexec needs a C compiler and found no 'no-such-cc'; "
         "on Debian or Ubuntu: sudo apt-get install gcc python3-dev python3-venv"
@@ -90,9 +90,9 @@ def test_a_missing_nvcc_is_one_sentence_only_where_cuda_is_required(tmp_path: Pa
         f"sys.argv = ['setup.py', 'build_ext', '-b', {str(tmp_path)!r}]\n"
         "runpy.run_path('setup.py')\n"
     )
-    said = _run("-c", program, cwd=ROOT, env=without, ok=False)
+    said = run("-c", program, cwd=ROOT, env=without, ok=False)
     assert said.strip().splitlines()[-1] == "ZMQEXEC_REQUIRE_CUDA=1, but there is no nvcc in PATH or $CUDA_HOME/bin"
-    _run("-c", program, cwd=ROOT, env=without | {"ZMQEXEC_REQUIRE_CUDA": ""})
+    run("-c", program, cwd=ROOT, env=without | {"ZMQEXEC_REQUIRE_CUDA": ""})
     assert not list(tmp_path.rglob("_cuda*"))
 
 
@@ -103,7 +103,7 @@ def test_missing_python_headers_are_one_sentence_with_the_line_to_type(tmp_path:
         f"sys.argv = ['setup.py', 'build_ext', '-b', {str(tmp_path)!r}]\n"
         "runpy.run_path('setup.py')\n"
     )
-    said = _run("-c", program, cwd=ROOT, ok=False)
+    said = run("-c", program, cwd=ROOT, ok=False)
     assert said.strip().splitlines()[-1] == (
         "zmqexec needs Python.h and found none in /nowhere; "
         "on Debian or Ubuntu: sudo apt-get install gcc python3-dev python3-venv"

@@ -8,6 +8,8 @@ contiguous. Times are of CUDA graphs.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from gpu_kernels.skinny_gemm import Row, graph_us, guarded
 
@@ -168,10 +170,10 @@ def measure(device: torch.device) -> list[Row]:
 
     def timed(case: Case) -> Row:
         out = case.empty()
-        us = graph_us(lambda: [case.run(out) for _ in range(AT_ONCE)]) / AT_ONCE  # type: ignore[arg-type,return-value]
+        us = graph_us(lambda: [case.run(out) for _ in range(AT_ONCE)]) / AT_ONCE
         row: Row = {"us": us, "tflop_s": case.operations / us / 1e6}
         if all(prefix == 0 for prefix, _ in case.chunks):
-            row["flash_us"] = graph_us(lambda: [case.run_flash() for _ in range(AT_ONCE)]) / AT_ONCE  # type: ignore[arg-type,return-value]
+            row["flash_us"] = graph_us(lambda: [case.run_flash() for _ in range(AT_ONCE)]) / AT_ONCE
         return row
 
     cases: list[tuple[Chunks, int, int]] = [
@@ -184,7 +186,8 @@ def measure(device: torch.device) -> list[Row]:
         ([(0, 4096), *[(0, 128)] * 32], 32, 32),
     ]
     for chunks, heads, kv_heads in cases:
-        row = {"measure": "prefill", "chunks": f"{len(chunks)} x {chunks[0]}", "heads": heads, "kv_heads": kv_heads}
+        name = " + ".join(f"{count} x {chunk}" for chunk, count in Counter(chunks).items())
+        row = {"measure": "prefill", "chunks": name, "heads": heads, "kv_heads": kv_heads}
         guarded(
             rows,
             row,

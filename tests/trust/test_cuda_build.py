@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_packaging import ROOT
-from tests.test_packaging import _run as run
+from tests.test_packaging import ROOT, run
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

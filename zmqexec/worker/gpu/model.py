@@ -214,7 +214,7 @@ class GpuLlama:
         if self._collectives.tp_size == 1:
             self._ops.linear_residual_(hidden, x, weight, bias)
         else:
-            self._collectives.all_reduce_residual_(hidden, self._ops.linear(x, weight, bias))
+            self._settle(hidden, self._ops.linear(x, weight, bias))
 
     def _project_(
         self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
@@ -223,4 +223,4 @@ class GpuLlama:
         if self._collectives.tp_size == 1:
             self._add_(hidden, x, weight, bias)
             return self._ops.rms_norm(hidden, norm, self._eps)
-        return self._collectives.all_reduce_residual_norm(hidden, self._ops.linear(x, weight, bias), norm, self._eps)
+        return self._add_norm(hidden, self._ops.linear(x, weight, bias), norm)
