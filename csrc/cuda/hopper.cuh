@@ -231,23 +231,31 @@ ZMQEXEC_WGMMA_REGISTERS(128, fp16, "f16", ZMQEXEC_R64, "{%64,%65,%66,%67}, %68",
 
 // ---- Clusters ----
 
-// All threads of all blocks of the cluster meet; what they wrote to shared memory is seen by all.
-__device__ __forceinline__ void cluster_sync()
+// All threads of all blocks of the cluster arrive, then wait, in turn. What they wrote before they arrived, to each
+// other's shared memory too, is seen by all behind the wait.
+__device__ __forceinline__ void cluster_arrive()
 {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait()
+{
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// From where `shared` is in block `rank` of the cluster, which must not have ended.
-__device__ __forceinline__ float4 load_cluster_16(const void* shared, unsigned rank)
+// Where `shared` is in block `rank` of the cluster. That must not have ended, and must have started: there is a
+// cluster_wait before.
+using ClusterAddress = uint32_t;
+
+__device__ __forceinline__ ClusterAddress cluster_address(void* shared, int rank)
 {
-    float4 v;
-    asm volatile("{\n.reg .b32 address;\n"
-                 "mapa.shared::cluster.u32 address, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [address];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(shared_address(shared)), "r"(rank)
-                 : "memory");
-    return v;
+    ClusterAddress address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+    return address;
+}
+
+__device__ __forceinline__ void store_cluster_8(ClusterAddress to, float2 v)
+{
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(v.x), "f"(v.y) : "memory");
 }
 
 }  // namespace zmqexec

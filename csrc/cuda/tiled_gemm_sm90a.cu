@@ -1,13 +1,17 @@
 // Linear layers for a batch of tokens that still costs little more than reading W once, y = epilogue(x · Wᵀ).
 //
-// A block takes a tile of W's rows and all tokens. One thread keeps a ring of stages filled, each 64 columns of the tile
+// A block takes a tile of W's rows and all tokens. Two threads keep a ring of stages filled, each 64 columns of the tile
 // and of x, and the warp groups multiply what has come: 64 tokens each, padded. Before pdl_wait() the ring's share of W
 // is asked for, so that the memory stays busy while the previous kernel ends.
 //
 // Every block reads all of x through L2, so a tile should have more rows than there are tokens. Where W has too few rows
-// for a tile on every SM, the blocks of a cluster share a tile: each takes a part of the columns, and when their sums
-// stand in shared memory, each adds up some of the tokens. A token's result does not depend on the other tokens; the
-// order in which k is summed is a function of the tile's split.
+// for a tile on every SM, the blocks of a cluster share a tile: each takes a part of k, and gives the others the sums of
+// the tokens that they finish. A token's result does not depend on the other tokens; the order in which k is summed is a
+// function of the tile's split.
+//
+// Nothing hides the time between the last product and the end of the block. All threads finish the result, in a loop of
+// few instructions: unrolled over the registers that the products leave their sums in, it would take longer to be fetched
+// from memory, at every launch anew, than to run.
 #include "tensor_map.h"
 
 namespace zmqexec {
@@ -27,23 +31,22 @@ struct TiledGemm {
     int64_t residual_stride, out_stride;
     int m, n, k;
     Epilogue epilogue;
-    int splits, stages;
-    int x_stage_bytes;     // lines of m tokens, in whole eights
-    int barriers_at;       // bytes behind the first stage
+    int log_splits, stages;
+    int x_stage_bytes;          // lines of m tokens, in whole eights
+    int barriers_at;            // bytes behind the first stage
 };
 
-template <class T>
-__device__ __forceinline__ float4 load_4(const T* from)
+// Four neighbours of 16 bits.
+__device__ __forceinline__ uint2 load_4(const void* from, int64_t index)
 {
-    const uint2 words = *reinterpret_cast<const uint2*>(from);
-    const float2 low = unpack2<T>(words.x), high = unpack2<T>(words.y);
-    return make_float4(low.x, low.y, high.x, high.y);
+    return *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + index);
 }
 
 template <class T>
-__device__ __forceinline__ void store_4(T* to, float4 v)
+__device__ __forceinline__ float4 unpack4(uint2 words)
 {
-    *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(v.x, v.y), pack2<T>(v.z, v.w));
+    const float2 low = unpack2<T>(words.x), high = unpack2<T>(words.y);
+    return make_float4(low.x, low.y, high.x, high.y);
 }
 
 __device__ __forceinline__ float4 operator+(float4 a, float4 b)
@@ -56,80 +59,151 @@ template <class T>
 __device__ __forceinline__ float silu_mul(float gate, float up)
 {
     gate = to_float<T>(from_float<T>(gate));
-    const float silu = gate / (1.0f + exp2_approx(gate * -1.4426950408889634f));
+    const float silu = __fdividef(gate, 1.0f + exp2_approx(gate * -1.4426950408889634f));
     return to_float<T>(from_float<T>(silu)) * to_float<T>(from_float<T>(up));
+}
+
+// Where the block finds the sums of the tokens that it finishes, as float32: [blocks that share the tile, tokens of a
+// block, PITCH]. Tokens are dealt out to these blocks in eights, which the registers of a product hold together.
+template <int ROWS>
+struct Sums {
+    static constexpr int PITCH = ROWS + 8;  // 8 lets a warp store without conflicts
+    int log_splits, eights;                 // eights of tokens in all
+
+    __device__ __forceinline__ int of_block() const { return (eights + (1 << log_splits) - 1) >> log_splits; }
+    // Of the eight's tokens and all columns, from one of the blocks.
+    __device__ __forceinline__ int at(int sender, int eight) const
+    {
+        return (sender * of_block() + (eight >> log_splits)) * 8 * PITCH;
+    }
+};
+
+// All threads of the blocks that share a tile meet.
+__device__ __forceinline__ void meet(int log_splits)
+{
+    if (log_splits == 0) {
+        __syncthreads();
+        return;
+    }
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+}
+
+// Adds up what all blocks have left in this one's shared memory, four columns of a token at a time, and stores the result.
+template <class T, int ROWS, int THREADS, bool GATED>
+__device__ __forceinline__ void finish(const TiledGemm& p, const float* shared, Sums<ROWS> sums, int tile, int rank)
+{
+    constexpr int HALVES = GATED ? 2 : 1, COLUMNS = ROWS / HALVES, QUADS = COLUMNS / 4, PITCH = Sums<ROWS>::PITCH;
+    const int n_out = p.n / HALVES;
+    const bool adds = !GATED && p.epilogue == Epilogue::add_residual;
+#pragma unroll 1
+    for (int item = static_cast<int>(threadIdx.x);; item += THREADS) {
+        const int row = item / QUADS, in_tile = 4 * (item % QUADS), column = tile * COLUMNS + in_tile;
+        const int eight = ((row / 8) << p.log_splits) + rank, token = 8 * eight + row % 8;
+        if (eight >= sums.eights) break;
+        if (token >= p.m || column >= n_out) continue;
+        uint2 residual = {};
+        if (adds) residual = load_4(p.residual, token * p.residual_stride + column);
+        const auto add_up = [&](int first) {
+            const float* const from = shared + sums.at(0, eight) + row % 8 * PITCH + first + in_tile;
+            float4 sum = *reinterpret_cast<const float4*>(from);
+#pragma unroll 1
+            for (int i = 1; i < 1 << p.log_splits; i++)
+                sum = sum + *reinterpret_cast<const float4*>(from + i * sums.of_block() * 8 * PITCH);
+            return sum;
+        };
+        float4 value = add_up(0);
+        if (p.bias != nullptr) value = value + unpack4<T>(load_4(p.bias, column));
+        if (GATED) {
+            float4 up = add_up(COLUMNS);
+            if (p.bias != nullptr) up = up + unpack4<T>(load_4(p.bias, n_out + column));
+            value = make_float4(silu_mul<T>(value.x, up.x), silu_mul<T>(value.y, up.y), silu_mul<T>(value.z, up.z),
+                                silu_mul<T>(value.w, up.w));
+        }
+        if (adds) value = value + unpack4<T>(residual);
+        T* const to = static_cast<T*>(p.out) + token * p.out_stride + column;
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(value.x, value.y), pack2<T>(value.z, value.w));
+    }
 }
 
 // ROWS of W in a tile; of silu_mul's, one half are gate's and the other up's. GROUPS of 64 tokens.
 template <class T, int ROWS, int GROUPS>
-__global__ void __launch_bounds__(GROUPS * 128 + 32, GROUPS == 1 ? 2 : 1)
+__global__ void __launch_bounds__(GROUPS * 128 + 64, 1)
     tiled_gemm_kernel(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, const TiledGemm p)
 {
     constexpr int CONSUMERS = GROUPS * 128, WEIGHT_BYTES = ROWS * LINE_BYTES, HALF = ROWS / 2;
-    constexpr int PITCH = ROWS + 8;  // floats of a token's sums; 8 lets a warp store without conflicts
     SHARED_MEMORY(unaligned);
     unsigned char* const shared = unaligned + (1024 - reinterpret_cast<uintptr_t>(unaligned) % 1024) % 1024;
     unsigned char* const x_stages = shared + p.stages * WEIGHT_BYTES;
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + p.barriers_at);
     uint64_t* const empty = full + p.stages;
-    float* const sums = reinterpret_cast<float*>(shared);  // [m, PITCH], when the ring is done
 
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    const int tile = static_cast<int>(blockIdx.x) / p.splits, rank = static_cast<int>(blockIdx.x) % p.splits;
+    const int splits = 1 << p.log_splits;
+    const int tile = static_cast<int>(blockIdx.x) >> p.log_splits, rank = static_cast<int>(blockIdx.x) & (splits - 1);
     const bool is_gated = p.epilogue == Epilogue::silu_mul;
     const int out_columns = is_gated ? HALF : ROWS;  // of this tile
     const int all_chunks = (p.k + BOX_COLUMNS - 1) / BOX_COLUMNS;
-    const int first_chunk = rank * all_chunks / p.splits;
-    const int chunks = (rank + 1) * all_chunks / p.splits - first_chunk;
+    const int first_chunk = rank * all_chunks >> p.log_splits;
+    const int chunks = ((rank + 1) * all_chunks >> p.log_splits) - first_chunk;
 
     if (thread == CONSUMERS) {
         prefetch_map(weight);
         prefetch_map(x);
+#pragma unroll 1
         for (int i = 0; i < p.stages; i++) {
-            barrier_init(full + i, 1);
+            barrier_init(full + i, 2);  // W and x
             barrier_init(empty + i, GROUPS);
         }
         barrier_init_fence();
     }
     __syncthreads();
 
-    if (thread == CONSUMERS) {
-        const auto load_weight = [&](int chunk, int stage) {
-            barrier_arrive_expect(full + stage, static_cast<uint32_t>(WEIGHT_BYTES + p.m * LINE_BYTES));
-            unsigned char* const to = shared + stage * WEIGHT_BYTES;
-            const int column = (first_chunk + chunk) * BOX_COLUMNS;
-            load_box(to, weight, full + stage, column, tile * out_columns);
-            if (is_gated) load_box(to + HALF * LINE_BYTES, weight, full + stage, column, p.n / 2 + tile * HALF);
-        };
-        const auto load_x = [&](int chunk, int stage) {
-            load_box(x_stages + stage * p.x_stage_bytes, x, full + stage, (first_chunk + chunk) * BOX_COLUMNS, 0);
-        };
-        const int ahead = min(p.stages, chunks);
-        for (int i = 0; i < ahead; i++) load_weight(i, i);
-        pdl_launch_dependents();
-        pdl_wait();
-        for (int i = 0; i < ahead; i++) load_x(i, i);
-        int stage = 0;
-        uint32_t parity = 0;
-        for (int i = ahead; i < chunks; i++) {
-            barrier_wait(empty + stage, parity);
-            load_weight(i, stage);
-            load_x(i, stage);
-            if (++stage == p.stages) {
-                stage = 0;
-                parity ^= 1;
+    // One thread asks for W, another for x, as stages become free.
+    if (warp >= CONSUMERS / 32) {
+        if (lane == 0) {
+            const bool loads_weight = warp == CONSUMERS / 32;
+            const auto load = [&](int chunk, int stage) {
+                const int chunk_column = (first_chunk + chunk) * BOX_COLUMNS;
+                if (loads_weight) {
+                    barrier_arrive_expect(full + stage, WEIGHT_BYTES);
+                    unsigned char* const to = shared + stage * WEIGHT_BYTES;
+                    load_box(to, weight, full + stage, chunk_column, tile * out_columns);
+                    if (is_gated)
+                        load_box(to + HALF * LINE_BYTES, weight, full + stage, chunk_column, p.n / 2 + tile * HALF);
+                }
+                else {
+                    barrier_arrive_expect(full + stage, static_cast<uint32_t>(p.m * LINE_BYTES));
+                    load_box(x_stages + stage * p.x_stage_bytes, x, full + stage, chunk_column, 0);
+                }
+            };
+            if (!loads_weight) pdl_wait();
+            const int ahead = min(p.stages, chunks);
+#pragma unroll 1
+            for (int i = 0; i < ahead; i++) load(i, i);
+            pdl_launch_dependents();
+            int stage = 0;
+            uint32_t parity = 0;
+#pragma unroll 1
+            for (int i = ahead; i < chunks; i++) {
+                barrier_wait(empty + stage, parity);
+                load(i, stage);
+                if (++stage == p.stages) {
+                    stage = 0;
+                    parity ^= 1;
+                }
             }
         }
     }
-    else {
-        pdl_wait();
-    }
+    pdl_wait();
 
+    float d[HALF] = {};
+    const int group = warp / 4;
     if (warp < CONSUMERS / 32) {
-        const int group = warp / 4;
-        float d[HALF] = {};
         int stage = 0, last_stage = 0;
         uint32_t parity = 0;
+#pragma unroll 1
         for (int i = 0; i < chunks; i++) {
             barrier_wait(full + stage, parity);
             const uint64_t a = matrix_descriptor(x_stages + stage * p.x_stage_bytes + group * GROUP_TOKENS * LINE_BYTES);
@@ -151,76 +225,54 @@ __global__ void __launch_bounds__(GROUPS * 128 + 32, GROUPS == 1 ? 2 : 1)
         }
         wgmma_wait<0>();
         wgmma_keep(d);
-        named_barrier(1, CONSUMERS);  // nobody reads the ring any more
-        const int token = group * GROUP_TOKENS + warp % 4 * 16 + lane / 4;
-        float* const to = sums + token * PITCH + 2 * (lane % 4);
-#pragma unroll
-        for (int i = 0; i < ROWS / 8; i++) {
-            if (token < p.m) *reinterpret_cast<float2*>(to + 8 * i) = make_float2(d[4 * i], d[4 * i + 1]);
-            if (token + 8 < p.m)
-                *reinterpret_cast<float2*>(to + 8 * PITCH + 8 * i) = make_float2(d[4 * i + 2], d[4 * i + 3]);
-        }
     }
-    __syncwarp();
-    if (p.splits > 1) cluster_sync();
-    else __syncthreads();
+    meet(p.log_splits);  // nobody reads a ring any more
 
-    // Four columns of a token at a time; the blocks of a cluster take turns with the tokens.
-    const int quads = out_columns / 4, first_column = tile * out_columns;
-    const int n_out = is_gated ? p.n / 2 : p.n;
-    const auto summed = [&](int token, int column) {
-        const float* const from = sums + token * PITCH + column;
-        if (p.splits == 1) return *reinterpret_cast<const float4*>(from);
-        float4 sum = load_cluster_16(from, 0);
-        for (int i = 1; i < p.splits; i++) sum = sum + load_cluster_16(from, static_cast<unsigned>(i));
-        return sum;
-    };
-    const T* const bias = static_cast<const T*>(p.bias);
-    for (int item = thread;; item += CONSUMERS + 32) {
-        const int token = rank + item / quads * p.splits, in_tile = item % quads * 4;
-        if (token >= p.m) break;
-        const int column = first_column + in_tile;
-        if (column >= n_out) continue;
-        float4 value = summed(token, in_tile);
-        if (bias != nullptr) value = value + load_4(bias + column);
-        if (is_gated) {
-            float4 up = summed(token, HALF + in_tile);
-            if (bias != nullptr) up = up + load_4(bias + n_out + column);
-            value = make_float4(silu_mul<T>(value.x, up.x), silu_mul<T>(value.y, up.y), silu_mul<T>(value.z, up.z),
-                                silu_mul<T>(value.w, up.w));
+    const Sums<ROWS> sums = {p.log_splits, (p.m + 7) / 8};
+    if (warp < CONSUMERS / 32) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int eight = (group * GROUP_TOKENS + warp % 4 * 16) / 8 + half;
+            if (eight >= sums.eights) continue;
+            float* const to = reinterpret_cast<float*>(shared) + sums.at(rank, eight) + lane / 4 * Sums<ROWS>::PITCH + 2 * (lane % 4);
+            const ClusterAddress there = cluster_address(to, eight & (splits - 1));
+#pragma unroll
+            for (int i = 0; i < ROWS / 8; i++) {
+                const float2 pair = make_float2(d[4 * i + 2 * half], d[4 * i + 2 * half + 1]);
+                if (splits == 1) *reinterpret_cast<float2*>(to + 8 * i) = pair;
+                else store_cluster_8(there + 32 * i, pair);
+            }
         }
-        if (p.epilogue == Epilogue::add_residual)
-            value = value + load_4(static_cast<const T*>(p.residual) + token * p.residual_stride + column);
-        store_4(static_cast<T*>(p.out) + token * p.out_stride + column, value);
     }
-    if (p.splits > 1) {
-        __syncwarp();
-        cluster_sync();  // a block's sums stay until all have read them
-    }
+    meet(p.log_splits);
+
+    const float* const all = reinterpret_cast<const float*>(shared);
+    if (is_gated) finish<T, ROWS, CONSUMERS + 64, true>(p, all, sums, tile, rank);
+    else finish<T, ROWS, CONSUMERS + 64, false>(p, all, sums, tile, rank);
 }
 
-
-constexpr std::size_t BLOCK_BYTES = 227 << 10;       // that a block may have, on compute capability 9.0
+constexpr std::size_t BLOCK_BYTES = 227 << 10;  // that a block may have, on compute capability 9.0
 
 // Sets stages (as asked, or as many as fit) and what follows from them; 0: not even two stages fit.
 std::size_t shared_bytes(TiledGemm& p, int rows, int stages)
 {
-    const int groups = divide_up(p.m, GROUP_TOKENS);
+    const int groups = divide_up(p.m, GROUP_TOKENS), splits = 1 << p.log_splits;
     p.x_stage_bytes = divide_up(p.m, 8) * 8 * LINE_BYTES;
-    // A product reads 64 lines of x whatever m is.
-    const auto past_the_last = static_cast<std::size_t>(groups * GROUP_TOKENS * LINE_BYTES - p.x_stage_bytes);
-    const auto of_ring = [&](int count) {
-        const std::size_t ring = static_cast<std::size_t>(count) * static_cast<std::size_t>(rows * LINE_BYTES + p.x_stage_bytes);
-        const std::size_t sums = static_cast<std::size_t>(p.m) * static_cast<std::size_t>(rows + 8) * sizeof(float);
-        return (std::max(ring + past_the_last, sums) + 15) / 16 * 16;
+    // A product reads 64 lines of x whatever m is: behind the last stage, anything.
+    const int past_the_last = groups * GROUP_TOKENS * LINE_BYTES - p.x_stage_bytes;
+    const int sums = splits * divide_up(divide_up(p.m, 8), splits) * 8 * (rows + 8) * 4;
+    const auto barriers_at = [&](int count) {
+        return std::max(count * (rows * LINE_BYTES + p.x_stage_bytes) + past_the_last, sums);
     };
-    const auto all = [&](int count) { return of_ring(count) + 2 * sizeof(uint64_t) * static_cast<std::size_t>(count) + 1024; };
+    const auto all = [&](int count) {
+        return static_cast<std::size_t>(barriers_at(count)) + 2 * sizeof(uint64_t) * static_cast<std::size_t>(count) + 1024;
+    };
     if (stages == 0) {
         stages = MAX_STAGES;
         while (stages > 0 && all(stages) > BLOCK_BYTES) stages--;
     }
     p.stages = stages;
-    p.barriers_at = static_cast<int>(of_ring(stages));
+    p.barriers_at = barriers_at(stages);
     return stages >= 2 && all(stages) <= BLOCK_BYTES ? all(stages) : 0;
 }
 
@@ -228,10 +280,10 @@ template <class T, int ROWS>
 const char* launch_tiles(const TensorMap& weight, const TensorMap& x, const TiledGemm& p, int tiles, std::size_t bytes,
                          Stream stream, bool pdl)
 {
-    const auto splits = static_cast<unsigned>(p.splits);
+    const unsigned splits = 1u << p.log_splits;
     const Blocks blocks(dim3(static_cast<unsigned>(tiles) * splits), splits);
-    if (p.m <= GROUP_TOKENS) return launch(tiled_gemm_kernel<T, ROWS, 1>, blocks, dim3(160), bytes, stream, pdl, weight, x, p);
-    return launch(tiled_gemm_kernel<T, ROWS, 2>, blocks, dim3(288), bytes, stream, pdl, weight, x, p);
+    if (p.m <= GROUP_TOKENS) return launch(tiled_gemm_kernel<T, ROWS, 1>, blocks, dim3(192), bytes, stream, pdl, weight, x, p);
+    return launch(tiled_gemm_kernel<T, ROWS, 2>, blocks, dim3(320), bytes, stream, pdl, weight, x, p);
 }
 
 const char* tiled_gemm(const void* weight, const void* x, void* out, int m, int n, int k, int64_t x_stride,
@@ -269,7 +321,7 @@ const char* tiled_gemm(const void* weight, const void* x, void* out, int m, int 
     p.n = n;
     p.k = k;
     p.epilogue = static_cast<Epilogue>(epilogue);
-    p.splits = splits;
+    while (1 << p.log_splits < splits) p.log_splits++;
     const bool is_gated = p.epilogue == Epilogue::silu_mul;
     const int box_rows = is_gated ? rows / 2 : rows;
     const int tiles = divide_up(is_gated ? n / 2 : n, std::max(box_rows, 1));

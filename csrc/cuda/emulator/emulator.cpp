@@ -403,7 +403,7 @@ std::string deadlock()
                block.fibers[end].waits_in == fiber.waits_in && block.fibers[end].mask == fiber.mask)
             end++;
         if (fiber.state == State::in_barrier && fiber.mask == CLUSTER_BARRIER) {
-            text += format("; %u to %u wait in cluster_sync (%u of the cluster there)", i, end - 1,
+            text += format("; %u to %u wait in cluster_wait (%u of the cluster there)", i, end - 1,
                            block.cluster->arrived);
             told++;
         }

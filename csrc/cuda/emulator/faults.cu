@@ -51,7 +51,12 @@ __global__ void fault_kernel(int kind, uint32_t* word, float* out)
         float d[32] = {};
         wgmma<bf16, 64>(d, 0, 0);
     }
-    if (kind == 18) load_cluster_16(shared, 1);
+    if (kind == 18) cluster_address(shared, 1);
+    if (kind == 21) cluster_wait();
+    if (kind == 22) {
+        cluster_arrive();
+        cluster_arrive();
+    }
     if (kind == 19 && thread == 0) load_box(shared, TensorMap{}, barrier, 0, 0);  // 128-aligned and no more
     if (kind == 20 && thread == 0) {
         barrier_init(barrier, 1);

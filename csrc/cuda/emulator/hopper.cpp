@@ -247,32 +247,42 @@ void wait_for_products(unsigned newest_groups)
 
 // ---- Clusters -----------------------------------------------------------------------------------------------------
 
-void cluster_barrier()
+void cluster_arrive()
 {
     Fiber& fiber = self();
     Cluster& cluster = *fiber.block->cluster;
+    if (fiber.cluster_arrivals > fiber.cluster_waits) fail("cluster_arrive without a cluster_wait for the one before");
+    fiber.cluster_arrivals++;
+    if (++cluster.arrived < cluster.blocks.size() * fiber.block->num_threads) return;
+    cluster.arrived = 0;
+    cluster.phase++;
+    progress();
+    for (Block* block : cluster.blocks)
+        if (block != nullptr)
+            for (Fiber& other : block->fibers)
+                if (other.state == State::in_barrier && other.mask == CLUSTER_BARRIER) make_ready(other);
+}
+
+void cluster_wait()
+{
+    Fiber& fiber = self();
+    if (fiber.cluster_waits++ == fiber.cluster_arrivals) fail("cluster_wait without a cluster_arrive");
+    if (fiber.block->cluster->phase >= fiber.cluster_waits) return;
     fiber.state = State::in_barrier;
-    fiber.waits_in = "cluster_sync";
+    fiber.waits_in = "cluster_wait";
     fiber.mask = CLUSTER_BARRIER;
-    if (++cluster.arrived == cluster.blocks.size() * fiber.block->num_threads) {
-        cluster.arrived = 0;
-        progress();
-        for (Block* block : cluster.blocks)
-            if (block != nullptr)
-                for (Fiber& other : block->fibers)
-                    if (other.state == State::in_barrier && other.mask == CLUSTER_BARRIER) make_ready(other);
-    }
     to_scheduler();
 }
 
-const unsigned char* of_cluster(const void* shared, unsigned rank, std::size_t bytes)
+unsigned char* of_cluster(void* shared, int rank, std::size_t bytes)
 {
-    check_shared(shared, bytes, "load_cluster");
+    check_shared(shared, bytes, "cluster_address");
     const Block& block = *self().block;
     const auto& peers = block.cluster->blocks;
-    if (rank >= peers.size()) fail("load_cluster of block %u of %zu", rank, peers.size());
-    if (peers[rank] == nullptr) fail("load_cluster of block %u, which has ended", rank);
-    return peers[rank]->shared + (static_cast<const unsigned char*>(shared) - block.shared);
+    if (rank < 0 || rank >= static_cast<int>(peers.size())) fail("cluster_address in block %d of %zu", rank, peers.size());
+    Block* const peer = peers[static_cast<std::size_t>(rank)];
+    if (peer == nullptr) fail("cluster_address in block %d, which has ended", rank);
+    return peer->shared + (static_cast<const unsigned char*>(shared) - block.shared);
 }
 
 }  // namespace zmqexec::emulator

@@ -20,8 +20,9 @@ uint64_t transposed_descriptor(const void* shared, uint32_t block_bytes);
 void multiply_registers(int columns, float* d, const uint32_t* a, uint64_t b, float (*widen)(uint16_t));
 void commit_products();
 void wait_for_products(unsigned newest_groups);
-void cluster_barrier();
-const unsigned char* of_cluster(const void* shared, unsigned rank, std::size_t bytes);
+void cluster_arrive();
+void cluster_wait();
+unsigned char* of_cluster(void* shared, int rank, std::size_t bytes);
 
 }  // namespace zmqexec::emulator
 
@@ -93,10 +94,10 @@ void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b)
     emulator::multiply_registers(N, d, a, b, std::is_same_v<T, bf16> ? emulator::from_bf16 : emulator::from_fp16);
 }
 
-inline void cluster_sync() { emulator::cluster_barrier(); }
-inline float4 load_cluster_16(const void* shared, unsigned rank)
-{
-    return emulator::as<float4>(emulator::of_cluster(shared, rank, 16));
-}
+inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+using ClusterAddress = unsigned char*;
+inline ClusterAddress cluster_address(void* shared, int rank) { return emulator::of_cluster(shared, rank, 8); }
+inline void store_cluster_8(ClusterAddress to, float2 v) { std::memcpy(to, &v, 8); }
 
 }  // namespace zmqexec

@@ -85,6 +85,7 @@ struct Fiber : Thread {
     std::vector<std::function<void()>> uncommitted_products;
     uint64_t committed_products = 0;
     bool registers_fenced = false;
+    unsigned cluster_arrivals = 0, cluster_waits = 0;
     ASAN(void* fake_stack = nullptr;)
 };
 
@@ -107,7 +108,7 @@ struct Barrier {
 
 struct Cluster {
     std::vector<Block*> blocks;  // null: it has ended
-    unsigned arrived = 0;
+    unsigned arrived = 0, phase = 0;
 };
 constexpr unsigned CLUSTER_BARRIER = 16;  // beside a block's own 0 to 15
 
