@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from zmqexec.errors import ConfigError
 from zmqexec.worker.batch import Prefill
@@ -58,6 +58,22 @@ def by_fixed_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
     """
     parts = [product(_fixed(part)) for part in torch.split(x, FIXED_ROWS)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(x)]
+
+
+class FixedProducts:
+    """`Products` of FIXED_ROWS rows at a time, by the library."""
+
+    adds_residual = False
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `Products.linear`."""
+        return by_fixed_rows(lambda part: linear(part, weight, bias), x)
+
+    def linear_residual_(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """As `Products.linear_residual_`."""
+        residual += self.linear(x, weight, bias)
 
 
 def _fixed(part: torch.Tensor) -> torch.Tensor:

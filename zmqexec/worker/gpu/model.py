@@ -9,7 +9,7 @@ deterministic engine computes all steps as `deterministic.py` says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import linear
@@ -17,8 +17,8 @@ from torch.nn.functional import linear
 from zmqexec.model_config import ModelConfig, Sharding
 from zmqexec.worker.gpu.attention import PrefillContexts
 from zmqexec.worker.gpu.collectives import GpuCollectives
-from zmqexec.worker.gpu.deterministic import by_fixed_rows, check_product
-from zmqexec.worker.gpu.ops import SKINNY_ROWS, DecodeAttention, Ops, Places, wide_logits
+from zmqexec.worker.gpu.deterministic import FixedProducts, by_fixed_rows, check_product
+from zmqexec.worker.gpu.ops import SKINNY_ROWS, DecodeAttention, LibraryProducts, Ops, Places, Products, wide_logits
 from zmqexec.worker.gpu.pad_heads import pad_angles
 from zmqexec.worker.models.layers import RotaryAngles
 from zmqexec.worker.models.weights import LayerWeights, LlamaWeights
@@ -54,6 +54,7 @@ class GpuLlama:
         self._weights = weights
         self._collectives = collectives
         self._ops = ops
+        self._products: Products = FixedProducts() if deterministic else LibraryProducts()
         self._decode_attention = decode_attention
         self._rotary = RotaryAngles(
             config.rope, config.head_dim, config.max_position_embeddings, max_model_len, one_at_a_time=deterministic
@@ -74,26 +75,40 @@ class GpuLlama:
         return pad_angles(table, self._head_dim).to(self._weights.norm.device)
 
     def forward(
-        self, token_ids: torch.Tensor, places: Places, cache: list[torch.Tensor], contexts: Sequence[PrefillContexts]
+        self,
+        token_ids: torch.Tensor,
+        places: Places,
+        cache: list[torch.Tensor],
+        contexts: Sequence[PrefillContexts],
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the tokens, leave their keys and values in `cache`; [num_tokens, hidden] before the last norm.
 
         Tokens of `contexts` (prefills) come first, then one of each row that `decode_attention` has planned.
+
+        wanted  [num_wanted]  int32, tokens whose rows alone are returned, in this order: behind the attention of the
+                last layer, the others are not computed. None: all. The same on every rank.
         """
         hidden = self._embed(token_ids)
         if not len(hidden):
             return hidden
         if not contexts and self._is_streamed(hidden):
-            return self._forward_streamed(hidden, places, cache)
-        partial: torch.Tensor | None = None
-        for layer, layer_cache in zip(self._weights.layers, cache, strict=True):
-            normed = self._add_norm(hidden, partial, layer.input_norm)
+            hidden = self._forward_streamed(hidden, places, cache)
+            return hidden if wanted is None else hidden.index_select(0, wanted)
+        layers, products = self._weights.layers, self._products
+        normed = self._ops.rms_norm(hidden, layers[0].input_norm, self._eps)
+        for layer, following, layer_cache in zip(layers, [*layers[1:], None], cache, strict=True):
             attended = self._attention(layer, normed, places, layer_cache, contexts)
-            normed = self._add_norm(hidden, self._linear(attended, layer.o, layer.o_bias), layer.post_norm)
-            inner = self._ops.silu_mul(self._linear(normed, layer.gate_up, layer.gate_up_bias))
-            partial = self._linear(inner, layer.down, layer.down_bias)
-        if partial is not None:
-            self._settle(hidden, partial)
+            if following is None and wanted is not None:
+                hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
+                if not len(wanted):
+                    return hidden
+            normed = self._project_(products, hidden, attended, layer.o, layer.o_bias, layer.post_norm)
+            inner = self._ops.silu_mul(products.linear(normed, layer.gate_up, layer.gate_up_bias))
+            if following is None:
+                self._add_(products, hidden, inner, layer.down, layer.down_bias)
+            else:
+                normed = self._project_(products, hidden, inner, layer.down, layer.down_bias, following.input_norm)
         return hidden
 
     @property
@@ -111,7 +126,7 @@ class GpuLlama:
         if len(hidden) <= SKINNY_ROWS and self._is_streamed(hidden):
             logits = ops.linear(normed, weights.lm_head, None, out=out, out_dtype=torch.float32)
         else:
-            logits = self._rows(lambda part: wide_logits(part, weights.lm_head), normed)
+            logits = self._wide_logits(normed)
             logits = logits if out is None else out.copy_(logits)
         if len(self._held) < logits.shape[1]:
             logits[:, len(self._held) :] = -torch.inf
@@ -142,11 +157,11 @@ class GpuLlama:
         lm_head = weights.lm_head
         check_product(lambda x: wide_logits(x, lm_head), lm_head, f"lm_head {list(lm_head.shape)}")
 
-    def _rows(self, product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return by_fixed_rows(product, x) if self._deterministic else product(x)
-
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._rows(lambda part: linear(part, weight, bias), x)
+    def _wide_logits(self, normed: torch.Tensor) -> torch.Tensor:
+        lm_head = self._weights.lm_head
+        if self._deterministic:
+            return by_fixed_rows(lambda part: wide_logits(part, lm_head), normed)
+        return wide_logits(normed, lm_head)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden]; each token's row is on one rank and zero on the others, so the sum is exact."""
@@ -154,10 +169,8 @@ class GpuLlama:
         hidden = self._ops.gather_embedding(table, token_ids, held.start, len(held))
         return hidden if self._collectives.tp_size == 1 else self._collectives.all_reduce(hidden)
 
-    def _add_norm(self, hidden: torch.Tensor, partial: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    def _add_norm(self, hidden: torch.Tensor, partial: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Add what the ranks' `partial` sums up to to `hidden`, in place; the norm of that."""
-        if partial is None:
-            return self._ops.rms_norm(hidden, weight, self._eps)
         if self._collectives.tp_size == 1:
             return self._ops.add_rms_norm_(hidden, partial, weight, self._eps)
         if self._deterministic:
@@ -166,10 +179,7 @@ class GpuLlama:
         return self._collectives.all_reduce_residual_norm(hidden, partial, weight, self._eps)
 
     def _settle(self, hidden: torch.Tensor, partial: torch.Tensor) -> None:
-        if self._collectives.tp_size == 1:
-            hidden += partial
-        else:
-            self._collectives.all_reduce_residual_(hidden, partial)
+        self._collectives.all_reduce_residual_(hidden, partial)
 
     def _attention(
         self,
@@ -180,7 +190,7 @@ class GpuLlama:
         contexts: Sequence[PrefillContexts],
     ) -> torch.Tensor:
         num_heads = self._num_heads
-        qkv = self._linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
+        qkv = self._products.linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self._head_dim)
         keep_keys = any(group.wants_keys for group in contexts)
         self._ops.rope_write_kv_(qkv, num_heads, cache, places, keep_keys=keep_keys)
         attended = qkv.new_empty((len(normed), num_heads, self._head_dim))
@@ -201,26 +211,34 @@ class GpuLlama:
         for layer, following, layer_cache in zip(layers, [*layers[1:], None], cache, strict=True):
             query = ops.qkv_rope_write(normed, layer.qkv, layer.qkv_bias, layer_cache, places, self._num_heads)
             self._decode_attention.attend(attended, query, layer_cache, self._scale)
-            normed = self._project_(hidden, attended.view(len(hidden), -1), layer.o, layer.o_bias, layer.post_norm)
+            normed = self._project_(ops, hidden, attended.view(len(hidden), -1), layer.o, layer.o_bias, layer.post_norm)
             inner = ops.linear_silu_mul(normed, layer.gate_up, layer.gate_up_bias)
             if following is None:
-                self._add_(hidden, inner, layer.down, layer.down_bias)
+                self._add_(ops, hidden, inner, layer.down, layer.down_bias)
             else:
-                normed = self._project_(hidden, inner, layer.down, layer.down_bias, following.input_norm)
+                normed = self._project_(ops, hidden, inner, layer.down, layer.down_bias, following.input_norm)
         return hidden
 
-    def _add_(self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def _add_(
+        self, products: Products, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
         """hidden += the sum over the ranks of x · weightᵀ + bias."""
         if self._collectives.tp_size == 1:
-            self._ops.linear_residual_(hidden, x, weight, bias)
+            products.linear_residual_(hidden, x, weight, bias)
         else:
-            self._settle(hidden, self._ops.linear(x, weight, bias))
+            self._settle(hidden, products.linear(x, weight, bias))
 
     def _project_(
-        self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor
+        self,
+        products: Products,
+        hidden: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: torch.Tensor,
     ) -> torch.Tensor:
         """`_add_`, then the norm of `hidden`."""
-        if self._collectives.tp_size == 1:
-            self._add_(hidden, x, weight, bias)
+        if self._collectives.tp_size == 1 and products.adds_residual:
+            products.linear_residual_(hidden, x, weight, bias)
             return self._ops.rms_norm(hidden, norm, self._eps)
-        return self._add_norm(hidden, self._ops.linear(x, weight, bias), norm)
+        return self._add_norm(hidden, products.linear(x, weight, bias), norm)

@@ -7,6 +7,7 @@ programmatic dependent launch, and may be captured in a graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -39,6 +40,44 @@ class Places:
     positions: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+
+
+class Products(Protocol):
+    """Linear layers by some means; every matrix is [out, in].
+
+    adds_residual  whether `linear_residual_` costs no pass over the residual: otherwise the norm behind it adds better
+    """
+
+    adds_residual: bool
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x · weightᵀ + bias."""
+        ...
+
+    def linear_residual_(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """residual += x · weightᵀ + bias."""
+        ...
+
+
+class LibraryProducts:
+    """Of any number of rows, by the library."""
+
+    adds_residual = True
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `Products.linear`."""
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def linear_residual_(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """As `Products.linear_residual_`; without a bias, summed before it is rounded."""
+        if bias is None:
+            residual.addmm_(x, weight.t())
+        else:
+            residual += self.linear(x, weight, bias)
 
 
 def attention_workspace(device: Device, launch: Launch, **sizes: int) -> AttentionWorkspace:
@@ -154,7 +193,11 @@ class Ops:
 
     pdl     they may start while their predecessors end
     tuning  of `skinny_gemm`
+
+    Its products are `Products` of up to TILED_ROWS rows.
     """
+
+    adds_residual = True
 
     def __init__(self, device: Device) -> None:
         self.pdl = True

@@ -378,19 +378,23 @@ class GpuRunner:
         rows = self._batch.rows(taken.chunks, taken.decodes)
         host_sampled = bool(self._host_sampled[np.concatenate([taken.chunks[:, 0], taken.decodes])].any())
         self._update(self._updates(step, taken.new_blocks))
-        hidden = self._mixed_forward(rows)
         num_samples = len(rows.sample_slots)
-        slots, known = self._to_device(rows.sample_slots, self._batch.num_known[rows.sample_slots])
+        slots, known, sample_rows = self._to_device(
+            rows.sample_slots, self._batch.num_known[rows.sample_slots], rows.sample_rows
+        )
         host = None
         if host_sampled or any(self._wants_prompt_logprobs(prefill.slot) for prefill in rows.prefills):
+            hidden = self._mixed_forward(rows)
             self._on_phase(Phase.SAMPLING)
             host = self._host_sampler.sample(HostLogits(self._model), hidden, rows, self._batch)
+            hidden = hidden.index_select(0, sample_rows)
+        else:
+            hidden = self._mixed_forward(rows, sample_rows)
         sampled = slots
         if host is not None and not self._deterministic:
             (sampled,) = self._to_device(host.token_ids)
         elif num_samples:
-            (sample_rows,) = self._to_device(rows.sample_rows)
-            logits = self._model.logits(hidden.index_select(0, sample_rows))
+            logits = self._model.logits(hidden)
             sampled = self._sampler.sample(logits, slots, known, rows.sample_slots)
             if host is not None:
                 # The host's random choices are the device's but for rounding: each row keeps to one of them, whatever
@@ -407,8 +411,8 @@ class GpuRunner:
         sampling = self._batch.sampling[slot]
         return sampling is not None and sampling.prompt_logprobs is not None
 
-    def _mixed_forward(self, rows: Rows) -> torch.Tensor:
-        """[num_tokens, hidden] of any step's tokens."""
+    def _mixed_forward(self, rows: Rows, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """[num_tokens, hidden] of any step's tokens, or of those that are wanted, as `GpuLlama.forward`."""
         assert self._model is not None and self._batch is not None
         num_decodes = len(rows.decode_slots)
         token_ids, positions, slot_mapping = self._to_device(
@@ -428,7 +432,7 @@ class GpuRunner:
             numbers = torch.arange(len(token_ids), dtype=torch.int32, device=token_ids.device)
             places = Places(slot_mapping, numbers, *own_angles)
         contexts = self._prefills.contexts(rows.prefills, rows.slot_mapping)
-        return self._model.forward(token_ids, places, self._cache, contexts)
+        return self._model.forward(token_ids, places, self._cache, contexts, wanted)
 
     def _update(self, updates: Int32Array) -> None:
         """Apply (slot, index, value) of any number. Of several for one place, the last."""
