@@ -232,6 +232,15 @@ __device__ __forceinline__ void pdl_launch_dependents()
 #endif
 }
 
+// What the caller, and whoever met it in a barrier before, has written is seen by those whose addition comes later, and by
+// whoever meets them behind it. Costs one fence, where atomicAdd between two __threadfence() costs two greater ones.
+__device__ __forceinline__ uint32_t atomic_add_acq_rel(uint32_t* global, uint32_t value)
+{
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(global), "r"(value) : "memory");
+    return before;
+}
+
 __device__ __forceinline__ uint32_t load_acquire_sys(const uint32_t* global)
 {
     uint32_t v;

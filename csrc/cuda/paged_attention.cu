@@ -384,14 +384,12 @@ __device__ __forceinline__ void merge(const AttentionArguments& a, const WarpSta
     }
     if (part.count == 1) return;
 
-    // What the barrier orders before thread 0, its fence orders before its ticket; and so on the way back.
+    // What the barrier orders before thread 0 comes before its ticket; and so on the way back.
     volatile unsigned* is_last = reinterpret_cast<volatile unsigned*>(shared);
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        const bool last = atomicAdd(a.tickets + part.ticket, 1u) == static_cast<unsigned>(part.count) - 1;
+        const bool last = atomic_add_acq_rel(a.tickets + part.ticket, 1) == static_cast<unsigned>(part.count) - 1;
         if (last) a.tickets[part.ticket] = 0;  // for the next layer
-        __threadfence();
         *is_last = last;
     }
     __syncthreads();

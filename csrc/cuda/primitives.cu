@@ -84,7 +84,7 @@ BINDING(primitive_exchange,
         "a shuffle within each half; integer intrinsics.")
 
 // As many blocks as given, each of 64 threads: the last to arrive sums what the others wrote.
-__global__ void last_arriver_kernel(float* out, float* partial, unsigned* ticket, int* counts)
+__global__ void last_arriver_kernel(float* out, float* partial, uint32_t* ticket, int* counts)
 {
     SHARED_MEMORY(shared);
     unsigned* arrived = reinterpret_cast<unsigned*>(shared);
@@ -93,13 +93,11 @@ __global__ void last_arriver_kernel(float* out, float* partial, unsigned* ticket
     atomicOr(reinterpret_cast<unsigned*>(counts + 2), 1u << threadIdx.x % 32);
     if (threadIdx.x == 0) {
         partial[blockIdx.x] = static_cast<float>(blockIdx.x + 1);
-        __threadfence();
-        *arrived = atomicAdd(ticket, 1u);
+        *arrived = atomic_add_acq_rel(ticket, 1);
     }
     __syncthreads();
     if (*arrived != gridDim.x - 1) return;
     if (threadIdx.x == 0) {
-        __threadfence();
         float sum = 0.0f;
         for (unsigned i = 0; i < gridDim.x; i++) sum += __ldcg(partial + i);
         *out = sum;

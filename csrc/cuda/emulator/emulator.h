@@ -268,9 +268,6 @@ T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> va
 }
 
 // One CPU thread: memory is in order.
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) { zmqexec::emulator::poll(); }
 
 template <class T>
@@ -417,6 +414,7 @@ T polled(const T* global)
     emulator::poll();
     return *const_cast<const volatile T*>(global);
 }
+inline uint32_t atomic_add_acq_rel(uint32_t* global, uint32_t value) { return atomicAdd(global, value); }
 inline uint32_t load_acquire_sys(const uint32_t* global) { return polled(global); }
 inline uint64_t load_acquire_sys(const uint64_t* global) { return polled(global); }
 inline uint32_t load_relaxed_sys(const uint32_t* global) { return polled(global); }
