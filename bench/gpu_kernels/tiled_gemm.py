@@ -3,7 +3,7 @@
     python bench/kernels.py tiled_gemm
 
 Times are of CUDA graphs, as in skinny_gemm.py. A chain is a layer without its attention: by our kernels, and by cuBLAS
-with our norm, rotation and activation around it, as an engine would use it elsewhere.
+with our norm, rotation and activation around it.
 """
 
 from __future__ import annotations

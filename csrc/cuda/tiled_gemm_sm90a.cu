@@ -32,8 +32,8 @@ struct TiledGemm {
     int m, n, k;
     Epilogue epilogue;
     int log_splits, stages;
-    int x_stage_bytes;          // lines of m tokens, in whole eights
-    int barriers_at;            // bytes behind the first stage
+    int x_stage_bytes;  // lines of m tokens, in whole eights
+    int barriers_at;    // bytes behind the first stage
 };
 
 // Four neighbours of 16 bits.
@@ -71,7 +71,8 @@ struct Sums {
     int log_splits, eights;                 // eights of tokens in all
 
     __device__ __forceinline__ int of_block() const { return (eights + (1 << log_splits) - 1) >> log_splits; }
-    // Of the eight's tokens and all columns, from one of the blocks.
+    // Index of the first float of an eight's sums from one of the blocks, in the block that finishes the eight: that of rank
+    // eight % splits.
     __device__ __forceinline__ int at(int sender, int eight) const
     {
         return (sender * of_block() + (eight >> log_splits)) * 8 * PITCH;
@@ -234,7 +235,9 @@ __global__ void __launch_bounds__(GROUPS * 128 + 64, 1)
         for (int half = 0; half < 2; half++) {
             const int eight = (group * GROUP_TOKENS + warp % 4 * 16) / 8 + half;
             if (eight >= sums.eights) continue;
-            float* const to = reinterpret_cast<float*>(shared) + sums.at(rank, eight) + lane / 4 * Sums<ROWS>::PITCH + 2 * (lane % 4);
+            const int at = sums.at(rank, eight) + lane / 4 * Sums<ROWS>::PITCH + 2 * (lane % 4);
+            float* const to = reinterpret_cast<float*>(shared) + at;
+            // `shared` is at the same place in all blocks of a cluster, also behind its rounding up.
             const ClusterAddress there = cluster_address(to, eight & (splits - 1));
 #pragma unroll
             for (int i = 0; i < ROWS / 8; i++) {

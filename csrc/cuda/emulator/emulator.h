@@ -267,7 +267,6 @@ T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> va
     return zmqexec::emulator::exchange(address, [&](T old) { return old == expected ? value : old; });
 }
 
-// One CPU thread: memory is in order.
 inline void __nanosleep(unsigned) { zmqexec::emulator::poll(); }
 
 template <class T>
@@ -414,6 +413,7 @@ T polled(const T* global)
     emulator::poll();
     return *const_cast<const volatile T*>(global);
 }
+// One CPU thread: memory is in order.
 inline uint32_t atomic_add_acq_rel(uint32_t* global, uint32_t value) { return atomicAdd(global, value); }
 inline uint32_t load_acquire_sys(const uint32_t* global) { return polled(global); }
 inline uint64_t load_acquire_sys(const uint64_t* global) { return polled(global); }

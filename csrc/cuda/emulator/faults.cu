@@ -52,6 +52,7 @@ __global__ void fault_kernel(int kind, uint32_t* word, float* out)
         wgmma<bf16, 64>(d, 0, 0);
     }
     if (kind == 18) cluster_address(shared, 1);
+    if (kind == 23) store_cluster_8(cluster_address(shared, 0) + 1024, float2{});
     if (kind == 21) cluster_wait();
     if (kind == 22) {
         cluster_arrive();

@@ -281,8 +281,21 @@ unsigned char* of_cluster(void* shared, int rank, std::size_t bytes)
     const auto& peers = block.cluster->blocks;
     if (rank < 0 || rank >= static_cast<int>(peers.size())) fail("cluster_address in block %d of %zu", rank, peers.size());
     Block* const peer = peers[static_cast<std::size_t>(rank)];
+    if (peers.size() > 1 && self().cluster_waits == 0)
+        fail("cluster_address before a cluster_wait: block %d may not have started", rank);
     if (peer == nullptr) fail("cluster_address in block %d, which has ended", rank);
     return peer->shared + (static_cast<const unsigned char*>(shared) - block.shared);
+}
+
+void store_cluster(unsigned char* to, const void* value, std::size_t bytes)
+{
+    const Block& block = *self().block;
+    for (const Block* peer : block.cluster->blocks)
+        if (peer != nullptr && to >= peer->shared && to + bytes <= peer->shared + block.grid->shared_bytes) {
+            std::memcpy(to, value, bytes);
+            return;
+        }
+    fail("store_cluster to no block that is there");
 }
 
 }  // namespace zmqexec::emulator

@@ -23,6 +23,7 @@ void wait_for_products(unsigned newest_groups);
 void cluster_arrive();
 void cluster_wait();
 unsigned char* of_cluster(void* shared, int rank, std::size_t bytes);
+void store_cluster(unsigned char* to, const void* value, std::size_t bytes);
 
 }  // namespace zmqexec::emulator
 
@@ -98,6 +99,6 @@ inline void cluster_arrive() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 using ClusterAddress = unsigned char*;
 inline ClusterAddress cluster_address(void* shared, int rank) { return emulator::of_cluster(shared, rank, 8); }
-inline void store_cluster_8(ClusterAddress to, float2 v) { std::memcpy(to, &v, 8); }
+inline void store_cluster_8(ClusterAddress to, float2 v) { emulator::store_cluster(to, &v, 8); }
 
 }  // namespace zmqexec

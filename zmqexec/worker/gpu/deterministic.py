@@ -63,7 +63,9 @@ def by_fixed_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
 class FixedProducts:
     """`Products` of FIXED_ROWS rows at a time, by the library."""
 
-    adds_residual = False
+    def adds_residual(self, bias: torch.Tensor | None) -> bool:
+        """As `Products.adds_residual`."""
+        return False
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `Products.linear`."""

@@ -82,7 +82,8 @@ class GpuLlama:
         contexts: Sequence[PrefillContexts],
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute the tokens, leave their keys and values in `cache`; [num_tokens, hidden] before the last norm.
+        """Compute the tokens, leave their keys and values in `cache`; [num_tokens, hidden] before the last norm, or
+        [num_wanted, hidden].
 
         Tokens of `contexts` (prefills) come first, then one of each row that `decode_attention` has planned.
 
@@ -178,9 +179,6 @@ class GpuLlama:
             return self._ops.rms_norm(hidden, weight, self._eps)
         return self._collectives.all_reduce_residual_norm(hidden, partial, weight, self._eps)
 
-    def _settle(self, hidden: torch.Tensor, partial: torch.Tensor) -> None:
-        self._collectives.all_reduce_residual_(hidden, partial)
-
     def _attention(
         self,
         layer: LayerWeights,
@@ -226,7 +224,7 @@ class GpuLlama:
         if self._collectives.tp_size == 1:
             products.linear_residual_(hidden, x, weight, bias)
         else:
-            self._settle(hidden, products.linear(x, weight, bias))
+            self._collectives.all_reduce_residual_(hidden, products.linear(x, weight, bias))
 
     def _project_(
         self,
@@ -237,8 +235,8 @@ class GpuLlama:
         bias: torch.Tensor | None,
         norm: torch.Tensor,
     ) -> torch.Tensor:
-        """`_add_`, then the norm of `hidden`."""
-        if self._collectives.tp_size == 1 and products.adds_residual:
+        """hidden += the sum over the ranks of x · weightᵀ + bias; the norm of that."""
+        if self._collectives.tp_size == 1 and products.adds_residual(bias):
             products.linear_residual_(hidden, x, weight, bias)
             return self._ops.rms_norm(hidden, norm, self._eps)
         return self._add_norm(hidden, products.linear(x, weight, bias), norm)

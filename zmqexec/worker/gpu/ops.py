@@ -19,9 +19,9 @@ from zmqexec.worker.kernels.reference import padded_decode_attention
 
 SKINNY_ROWS = 16
 """Up to here `skinny_gemm` computes a decode step's products, above it `tiled_gemm`. On an H200, 7B, µs a layer without
-attention, by the one, the other and cuBLAS: 111, 108 and 127 for 16 rows, where 8 rows take the first 99; half of each
-matrix, as two GPUs have it: 64 and 77 by the others. Other GPUs than Hopper have cuBLAS there, which for 24 rows took
-128 where `skinny_gemm` took 133."""
+attention, by the one, the other and cuBLAS: 111, 108 and 127 for 16 rows, where 8 rows take the first 99. (Since the
+other has become the faster one for 16, no whole step was tried with it.) Other GPUs than Hopper have cuBLAS there, which
+for 24 rows took 128 where `skinny_gemm` took 133."""
 
 TILED_ROWS = 128
 """As above, by `tiled_gemm` and by cuBLAS: 111 and 127 for 32 rows, 118 and 131 for 64, 129 and 141 for 128; half of
@@ -44,12 +44,11 @@ class Places:
 
 
 class Products(Protocol):
-    """Linear layers by some means; every matrix is [out, in].
+    """Linear layers by some means; every matrix is [out, in]."""
 
-    adds_residual  whether `linear_residual_` costs no pass over the residual: otherwise the norm behind it adds better
-    """
-
-    adds_residual: bool
+    def adds_residual(self, bias: torch.Tensor | None) -> bool:
+        """Whether `linear_residual_` adds within the product. Otherwise a norm behind it had better add."""
+        ...
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x · weightᵀ + bias."""
@@ -65,7 +64,9 @@ class Products(Protocol):
 class LibraryProducts:
     """Of any number of rows, by the library."""
 
-    adds_residual = True
+    def adds_residual(self, bias: torch.Tensor | None) -> bool:
+        """As `Products.adds_residual`."""
+        return bias is None
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `Products.linear`."""
@@ -197,8 +198,6 @@ class Ops:
 
     Its products are `Products` of up to TILED_ROWS rows.
     """
-
-    adds_residual = True
 
     def __init__(self, device: Device) -> None:
         self.pdl = True
@@ -367,6 +366,10 @@ class Ops:
         if len(x) > SKINNY_ROWS:
             return tiled_gemm.linear(x, weight, bias, pdl=self.pdl)
         return skinny_gemm.linear(x, weight, bias, out=out, out_dtype=out_dtype, tuning=self.tuning)
+
+    def adds_residual(self, bias: torch.Tensor | None) -> bool:
+        """As `Products.adds_residual`."""
+        return True
 
     def linear_residual_(
         self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

@@ -387,13 +387,14 @@ class GpuRunner:
             hidden = self._mixed_forward(rows)
             self._on_phase(Phase.SAMPLING)
             host = self._host_sampler.sample(HostLogits(self._model), hidden, rows, self._batch)
-            hidden = hidden.index_select(0, sample_rows)
         else:
             hidden = self._mixed_forward(rows, sample_rows)
         sampled = slots
         if host is not None and not self._deterministic:
             (sampled,) = self._to_device(host.token_ids)
         elif num_samples:
+            if host is not None:
+                hidden = hidden.index_select(0, sample_rows)
             logits = self._model.logits(hidden)
             sampled = self._sampler.sample(logits, slots, known, rows.sample_slots)
             if host is not None:
