@@ -20,8 +20,8 @@ from zmqexec.worker.kernels.reference import padded_decode_attention
 SKINNY_ROWS = 16
 """Up to here `skinny_gemm` computes a decode step's products, above it `tiled_gemm`. On an H200, 7B, µs a layer without
 attention, by the one, the other and cuBLAS: 111, 108 and 127 for 16 rows, where 8 rows take the first 99. (Since the
-other has become the faster one for 16, no whole step was tried with it.) Other GPUs than Hopper have cuBLAS there, which
-for 24 rows took 128 where `skinny_gemm` took 133."""
+other has become the faster one for 16, no whole step was tried with it.) Other GPUs than Hopper have cuBLAS there,
+which for 24 rows took 128 where `skinny_gemm` took 133."""
 
 TILED_ROWS = 128
 """As above, by `tiled_gemm` and by cuBLAS: 111 and 127 for 32 rows, 118 and 131 for 64, 129 and 141 for 128; half of
