@@ -52,18 +52,18 @@ __global__ void fault_kernel(int kind, uint32_t* word, float* out)
         wgmma<bf16, 64>(d, 0, 0);
     }
     if (kind == 18) cluster_address(shared, 1);
-    if (kind == 23) store_cluster_8(cluster_address(shared, 0) + 1024, float2{});
-    if (kind == 21) cluster_wait();
-    if (kind == 22) {
-        cluster_arrive();
-        cluster_arrive();
-    }
     if (kind == 19 && thread == 0) load_box(shared, TensorMap{}, barrier, 0, 0);  // 128-aligned and no more
     if (kind == 20 && thread == 0) {
         barrier_init(barrier, 1);
         barrier_arrive_expect(barrier, 16);  // which never come
         barrier_arrive(barrier);
     }
+    if (kind == 21) cluster_wait();
+    if (kind == 22) {
+        cluster_arrive();
+        cluster_arrive();
+    }
+    if (kind == 23) store_cluster_8(cluster_address(shared, 0) + 1024, float2{});
 }
 
 const char* emulator_fault(int kind, void* word, float* out, int shared_bytes, bool pdl)

@@ -38,11 +38,11 @@ def run(module, kind, *, shared_bytes=1024, pdl=False):
         (16, r"barrier_init of a barrier that is in use"),
         (17, r"wgmma before wgmma_fence"),
         (18, r"cluster_address in block 1 of 1"),
-        (23, r"store_cluster to no block that is there"),
-        (21, r"cluster_wait without a cluster_arrive"),
-        (22, r"cluster_arrive without a cluster_wait"),
         (19, r"load_box to an address that is not a multiple of 1024"),
         (20, r"more than 1 arrivals in a phase of a barrier"),
+        (21, r"cluster_wait without a cluster_arrive"),
+        (22, r"cluster_arrive without a cluster_wait"),
+        (23, r"store_cluster to no block that is there"),
     ],
 )
 def test_a_mistake_ends_the_launch_with_its_place(module, kind, text):
